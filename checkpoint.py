@@ -1,0 +1,123 @@
+"""Files of weights: written atomically, read without trusting them, turned back into a model.
+
+`model.pth` is {"model": state_dict, "config": dict}: all that is needed to sample. Files are read with
+`weights_only=True`, which builds tensors and plain containers and refuses to run code.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import Config, UserError
+from diffusion import Diffusion
+from dit import DiT
+
+
+def save_file(content: Any, path: str | Path) -> None:
+    """torch.save that leaves the old file or the new one, never a part: temporary file, flush, rename.
+
+    Raises:
+        UserError: if it cannot be written (disk full, no permission); what was there before is intact.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise UserError(f"cannot write {path} ({error}); free some space or choose another folder") from error
+
+
+def load_file(path: str | Path) -> Any:
+    """What save_file wrote, on the CPU.
+
+    Raises:
+        UserError: if the file is missing, damaged, not one of torch's, or holds more than plain data.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{path} does not exist")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # random bytes can fail in any way inside the reader
+        raise UserError(f"{path} is damaged or not a file of weights ({type(error).__name__})") from error
+
+
+def model_config(config: Config) -> dict[str, Any]:
+    """What model.pth keeps of a Config: everything but the folders and device of the machine that trained it."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("data_dir", "out_dir", "device")}
+
+
+def build_model(config: Config) -> DiT:
+    """A fresh DiT of a config's sizes; its weights come from torch's global generator."""
+    return DiT(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        in_channels=config.in_channels,
+        hidden_size=config.hidden_size,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        num_classes=config.num_classes,
+    )
+
+
+def build_process(config: Config) -> Diffusion:
+    """The process that a config names, with its own options."""
+    return Diffusion(schedule=config.schedule, prediction=config.prediction, loss=config.loss)
+
+
+def denoise(model: DiT, config: Config, y: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """x_T, ..., x_0 for the labels y (B,), each (B, C, H, W), drawn as the config's sampling fields say."""
+    size = model.image_size
+    noise = torch.randn(len(y), model.in_channels, size, size, device=y.device, generator=generator)
+    return build_process(config).sample(
+        model,
+        noise,
+        y,
+        steps=config.sample_steps,
+        sampler=config.sampler,
+        cfg_scale=config.cfg_scale,
+        generator=generator,
+        eta=config.eta,
+    )
+
+
+def read_config(values: Any, path: str | Path) -> Config:
+    """A Config from what a file says of it, or UserError naming the file."""
+    try:
+        return Config(**values)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{path} holds no usable config ({error})") from error
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, Config]:
+    """The model of a model.pth, in evaluation mode, and its config.
+
+    Raises:
+        UserError: if the file cannot be read, or its weights are not those of the model its config describes.
+    """
+    content = load_file(path)
+    if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
+        raise UserError(f'{path} is not a Pocket DiT model: it lacks "model" and "config"')
+    config, state = read_config(content["config"], path), content["model"]
+    shapes = {k: tuple(v.shape) for k, v in state.items()} if isinstance(state, dict) else {}
+    if config.image_size is None or f"blocks.{config.depth - 1}.attn.qkv.weight" not in shapes:
+        raise UserError(f"{path}: its weights are not those of the depth {config.depth} that its config says")
+    with torch.device("meta"):  # sizes only, so that a lying config costs no memory
+        model = build_model(config)
+    for name, parameter in model.state_dict().items():
+        if shapes.pop(name, None) != tuple(parameter.shape):
+            raise UserError(f"{path}: {name} is not of the shape {tuple(parameter.shape)} that its config asks for")
+    if shapes:
+        raise UserError(f"{path}: {next(iter(shapes))} is no part of the model that its config describes")
+    model.to_empty(device=device).load_state_dict(state)
+    return model.eval(), config

@@ -1,0 +1,185 @@
+"""Every hyperparameter once, with its meaning; presets; the command line that is made from them.
+
+`Config()` holds the defaults, `Config(hidden_size=128)` changes one; a Config that cannot work raises UserError
+when it is made. Scripts turn the fields they need into flags: `hidden_size` becomes `--hidden-size`.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: the message says what, which value, and what to do."""
+
+
+def option(default: Any, help: str, type: Callable = str, choices: tuple = ()) -> Any:
+    """A field of Config: its default, its meaning, how a flag's text is read, and the values it may take."""
+    return dataclasses.field(default=default, metadata={"help": help, "type": type, "choices": choices})
+
+
+SAMPLERS = {"diffusion": ("ddpm", "ddim")}
+
+PRESETS = {
+    "digits": {},  # the defaults: digits in ten minutes on a laptop's CPU
+    "classic": dict(  # the recipe of most teaching repositories, for comparison
+        hidden_size=64,
+        depth=3,
+        prediction="noise",
+        schedule="linear",
+        loss="l1",
+        learning_rate=1e-3,
+        lr_decay="constant",
+        warmup_steps=0,
+        weight_decay=0.0,
+        batch_size=300,
+        sampler="ddpm",
+        sample_steps=1000,
+        cfg_scale=1.0,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    # Data
+    preset: str = option("digits", "named settings that the other flags change", choices=tuple(PRESETS))
+    dataset: str = option("auto", "auto (MNIST, or glyphs where it cannot be had), mnist or glyphs")
+    data_dir: str = option(os.environ.get("DATA_DIR", "data"), "folder of the data sets ($DATA_DIR, else data)")
+    image_size: int | None = option(None, "height and width in pixels; larger than the data's pads it", int)
+    in_channels: int = option(1, "channels of an image; comes from the dataset", int)
+    num_classes: int = option(10, "number of labels; comes from the dataset", int)
+    # Model
+    patch_size: int = option(4, "a token is a square of this many pixels", int)
+    hidden_size: int = option(96, "width of a token", int)
+    depth: int = option(4, "number of transformer blocks", int)
+    num_heads: int = option(4, "attention heads of a block", int)
+    # Process
+    process: str = option("diffusion", "how noise and data are joined", choices=tuple(SAMPLERS))
+    prediction: str = option("v", "what the network predicts", choices=("noise", "x0", "v"))
+    schedule: str = option("cosine", "noise schedule", choices=("linear", "cosine"))
+    loss: str = option("mse", "distance between prediction and target", choices=("mse", "l1"))
+    # Training
+    train_steps: int = option(7000, "optimizer steps", int)
+    batch_size: int = option(64, "images a step", int)
+    learning_rate: float = option(3e-3, "peak learning rate of AdamW", float)
+    warmup_steps: int = option(200, "steps over which the learning rate rises from 0", int)
+    lr_decay: str = option("cosine", "fall to 0 at the last step, or stay", choices=("cosine", "constant"))
+    weight_decay: float = option(0.01, "AdamW's decoupled weight decay", float)
+    grad_clip: float = option(1.0, "largest norm of the gradient", float)
+    ema_decay: float = option(0.999, "share of itself that the average of the weights keeps each step", float)
+    label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance", float)
+    seed: int = option(0, "seed of everything random", int)
+    # Running
+    out_dir: str | None = option(None, "folder for everything the run writes (default: runs/PRESET)")
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = option("auto", "auto: bf16 where the machine gains from it", choices=("auto", "fp32", "bf16"))
+    compile: str = option("auto", "torch.compile the training step; auto: in long runs", choices=("auto", "on", "off"))
+    log_every: int = option(50, "steps between rows of loss.csv", int)
+    sample_every: int = option(1000, "steps between sample grids", int)
+    checkpoint_every: int = option(1000, "steps between checkpoints", int)
+    # Sampling
+    sampler: str = option("ddim", "ddpm or ddim")
+    sample_steps: int = option(50, "steps from noise to image", int)
+    cfg_scale: float = option(2.0, "guidance scale; 1 is none, and half the work", float)
+    eta: float = option(0.0, "ddim's share of fresh noise, 0 to 1", float)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, before anything starts."""
+        for field in dataclasses.fields(self):
+            value, kind, choices = getattr(self, field.name), field.metadata["type"], field.metadata["choices"]
+            if value is None and field.default is None:
+                continue
+            if not isinstance(value, (int, float) if kind is float else kind):
+                raise UserError(f"{field.name} {value!r} is not of type {kind.__name__}")
+            if choices and value not in choices:
+                raise UserError(f"{field.name} {value!r} is not one of {', '.join(choices)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{field.name} is {value}; give a finite number")
+        at_least_1 = "patch_size hidden_size depth num_heads in_channels num_classes batch_size"
+        at_least_1 += " train_steps log_every sample_every checkpoint_every sample_steps"
+        for name in at_least_1.split():
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        for name in "warmup_steps weight_decay seed".split():
+            self.require(name, getattr(self, name) >= 0, "0 or more")
+        self.require("learning_rate", self.learning_rate > 0, "more than 0")
+        self.require("grad_clip", self.grad_clip > 0, "more than 0")
+        self.require("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and less than 1")
+        self.require("label_dropout", 0 <= self.label_dropout < 1, "at least 0 and less than 1")
+        self.require("eta", 0 <= self.eta <= 1, "between 0 and 1")
+        self.require("sample_steps", self.sample_steps <= 1000, "at most 1000, the number of timesteps")
+        if self.hidden_size % 4 or self.hidden_size % self.num_heads:
+            step = math.lcm(4, self.num_heads)
+            near = max(step, round(self.hidden_size / step) * step)
+            raise UserError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads} and by 4; try {near}"
+            )
+        if self.image_size is not None:
+            self.require("image_size", self.image_size >= 1, "at least 1")
+            if self.image_size % self.patch_size:
+                divisors = [p for p in range(2, self.image_size) if self.image_size % p == 0]
+                raise UserError(
+                    f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; "
+                    f"try patch_size {', '.join(map(str, divisors or [1, self.image_size]))}"
+                )
+        if self.sampler not in SAMPLERS[self.process]:
+            known = ", ".join(SAMPLERS[self.process])
+            raise UserError(f"sampler {self.sampler!r} is not one of process {self.process}'s: {known}")
+        if self.eta and self.sampler != "ddim":
+            raise UserError(f"eta {self.eta} is an option of sampler ddim, not of {self.sampler}; leave it out")
+
+    def require(self, name: str, holds: bool, rule: str) -> None:
+        """Raise UserError naming the field and its value unless the rule holds."""
+        if not holds:
+            raise UserError(f"{name} is {getattr(self, name)}; it must be {rule}")
+
+    def replace(self, **changes: Any) -> "Config":
+        """A copy with some fields changed, checked anew."""
+        return dataclasses.replace(self, **changes)
+
+
+def preset(name: str = "digits", **changes: Any) -> Config:
+    """The Config of a preset, with changes of its fields."""
+    if name not in PRESETS:
+        raise UserError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
+    return Config(preset=name, **{**PRESETS[name], **changes})
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are one line; a flag not given leaves nothing in the result."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
+
+    def add_fields(self, names: str, default: str | None = None) -> None:
+        """Add a flag for each of Config's fields named; `default` says what a flag not given means."""
+        fields = {field.name: field for field in dataclasses.fields(Config)}
+        for name in names.split():
+            field = fields[name]
+            meta = field.metadata
+            shown = default or field.default
+            self.add_argument(
+                "--" + name.replace("_", "-"),
+                type=meta["type"],
+                choices=meta["choices"] or None,
+                metavar=None if meta["choices"] else meta["type"].__name__.upper().replace("STR", "NAME"),
+                help=meta["help"] if shown is None else f"{meta['help']} (default: {shown})",
+            )
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Call a script's main(); a mistake of the user's is one line on stderr and exit status 1."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

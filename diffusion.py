@@ -1,0 +1,174 @@
+"""DDPM: noise added step by step, and the reverse process that a network learns (Ho et al., 2020).
+
+    forward   q(x_t | x_0) = N(sqrt(alphas_cumprod_t) x_0, (1 - alphas_cumprod_t) I)            eq. 4
+    training  x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) noise; the network is given
+              x_t and t and learns the noise (eq. 14), or x_0, or v = sqrt(acp) noise - sqrt(1 - acp) x_0
+              (Salimans & Ho, 2022)
+    reverse   from x_T ~ N(0, I): estimate x_0, step a little towards it, repeat                eq. 7
+
+Images x are (B, C, H, W) in [-1, 1]; timesteps t (B,) int64 in [0, T), T = 1000.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+
+def linear_alphas_cumprod(num_timesteps: int) -> Tensor:
+    """beta from 1e-4 to 0.02 in a straight line (Ho et al., 2020, section 4) -> (T,) float64."""
+    betas = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64)
+    return (1 - betas).cumprod(0)
+
+
+def cosine_alphas_cumprod(num_timesteps: int) -> Tensor:
+    """A squared cosine, every beta at most 0.999 (Nichol & Dhariwal, 2021, eq. 17) -> (T,) float64."""
+    time = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    f = ((time + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+    betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return (1 - betas).cumprod(0)
+
+
+SCHEDULES = {"linear": linear_alphas_cumprod, "cosine": cosine_alphas_cumprod}
+PREDICTIONS = ("noise", "x0", "v")
+LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
+
+
+def guided(model: Callable, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans, 2022): unconditional + cfg_scale * (conditional - unconditional).
+
+    cfg_scale 1 is the conditional model alone, one network evaluation an image; anything else costs two.
+    """
+    if cfg_scale == 1:
+        return model(x, t, y)
+    null = torch.full_like(y, model.num_classes)
+    conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
+    return unconditional + cfg_scale * (conditional - unconditional)
+
+
+class Diffusion:
+    """A noise schedule with its training loss and its reverse process.
+
+    Args:
+        schedule: "linear" or "cosine".
+        prediction: what the network's output means: "noise", "x0" or "v".
+        loss: "mse" or "l1", between that output and its target.
+        clip_x0: clip each estimate of x_0 to [-1, 1] while sampling; right for pixels, wrong for latents.
+        num_timesteps: T.
+    """
+
+    def __init__(
+        self,
+        schedule: str = "linear",
+        prediction: str = "noise",
+        loss: str = "mse",
+        clip_x0: bool = True,
+        num_timesteps: int = 1000,
+    ):
+        self.prediction = prediction
+        self.loss_function = LOSSES[loss]
+        self.clip_x0 = clip_x0
+        self.num_timesteps = num_timesteps
+        self.alphas_cumprod = SCHEDULES[schedule](num_timesteps).float()
+        self.samplers = {"ddpm": self.ddpm_step, "ddim": self.ddim_step}
+
+    def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alphas_cumprod_t), sqrt(1 - alphas_cumprod_t): t (B,) -> two (B, 1, 1, 1)."""
+        alphas_cumprod = self.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t given x_0 and noise of its shape, in one jump (Ho et al., eq. 4)."""
+        signal_scale, noise_scale = self.signal_and_noise(t)
+        return signal_scale * x0 + noise_scale * noise
+
+    def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the network should answer to x_t, of the shape of x0."""
+        if self.prediction == "noise":
+            return noise
+        if self.prediction == "x0":
+            return x0
+        signal_scale, noise_scale = self.signal_and_noise(t)
+        return signal_scale * noise - noise_scale * x0
+
+    def loss(self, model: Callable, x0: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
+        """The training loss at a random t for each image: x0 (B, C, H, W), y (B,) -> scalar (Ho et al., eq. 14)."""
+        t = torch.randint(self.num_timesteps, (len(x0),), device=x0.device, generator=generator)
+        noise = torch.randn(x0.shape, device=x0.device, generator=generator)
+        output = model(self.q_sample(x0, t, noise), t, y)
+        return self.loss_function(output.float(), self.target(x0, t, noise))
+
+    def predict_x0(self, output: Tensor, x: Tensor, t: int) -> Tensor:
+        """The estimate of x_0 that the network's output at x_t amounts to, clipped where clip_x0 says so."""
+        signal_scale, noise_scale = self.alphas_cumprod[t].sqrt(), (1 - self.alphas_cumprod[t]).sqrt()
+        if self.prediction == "noise":
+            x0 = (x - noise_scale * output) / signal_scale
+        elif self.prediction == "x0":
+            x0 = output
+        else:
+            x0 = signal_scale * x - noise_scale * output
+        return x0.clamp(-1, 1) if self.clip_x0 else x0
+
+    def timesteps(self, steps: int) -> list[int]:
+        """`steps` of the T timesteps, falling, evenly spaced, the first T - 1 ("trailing"; Lin et al., 2024)."""
+        if not 1 <= steps <= self.num_timesteps:
+            raise ValueError(f"sample_steps {steps} is not between 1 and {self.num_timesteps}")
+        return [round(self.num_timesteps - i * self.num_timesteps / steps) - 1 for i in range(steps)]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Callable,
+        noise: Tensor,
+        y: Tensor,
+        steps: int = 50,
+        sampler: str = "ddim",
+        cfg_scale: float = 1.0,
+        generator: Generator | None = None,
+        eta: float = 0.0,
+    ) -> Iterator[Tensor]:
+        """The reverse process: yields x_T = noise (B, C, H, W), then every x after it, x_0 last: steps + 1 in all.
+
+        Args:
+            y: labels (B,); model.num_classes means "any".
+            steps: network calls, 1 to T.
+            sampler: "ddpm" (ancestral; Ho et al., 2020) or "ddim" (Song et al., 2021).
+            cfg_scale: guidance, 1 for none.
+            generator: source of the noise that ddpm adds, and ddim with eta.
+            eta: ddim's share of that noise, 0 (none) to 1 (as much as ddpm).
+
+        Raises:
+            ValueError: for a number of steps outside 1 ... T or an unknown sampler.
+        """
+        if sampler not in self.samplers:
+            raise ValueError(f"sampler {sampler!r} is not one of {', '.join(self.samplers)}")
+        timesteps = self.timesteps(steps)
+        x = noise
+        yield x
+        for t, t_next in zip(timesteps, timesteps[1:] + [-1]):
+            output = guided(model, x, torch.full((len(x),), t, device=x.device), y, cfg_scale)
+            z = torch.randn(x.shape, device=x.device, generator=generator) if sampler == "ddpm" or eta else None
+            x = self.samplers[sampler](x, self.predict_x0(output, x, t), t, t_next, z, eta)
+            yield x
+
+    def alphas_at(self, t: int, t_next: int) -> tuple[Tensor, Tensor]:
+        """alphas_cumprod at a step's two ends; past the last timestep (t_next = -1) nothing is noise: 1."""
+        return self.alphas_cumprod[t], self.alphas_cumprod[t_next] if t_next >= 0 else torch.ones(())
+
+    def ddpm_step(self, x: Tensor, x0: Tensor, t: int, t_next: int, z: Tensor, eta: float) -> Tensor:
+        """A draw from the posterior q(x_next | x_t, x_0) (Ho et al., eqs. 6 and 7), its own variance for noise."""
+        acp, acp_next = self.alphas_at(t, t_next)
+        alpha = acp / acp_next
+        mean = acp_next.sqrt() * (1 - alpha) / (1 - acp) * x0 + alpha.sqrt() * (1 - acp_next) / (1 - acp) * x
+        variance = (1 - acp_next) / (1 - acp) * (1 - alpha)  # 0 at the last step
+        return mean + variance.sqrt() * z
+
+    def ddim_step(self, x: Tensor, x0: Tensor, t: int, t_next: int, z: Tensor | None, eta: float) -> Tensor:
+        """x_0 and the noise that x_t then holds, mixed anew in t_next's proportions (Song et al., eq. 12)."""
+        acp, acp_next = self.alphas_at(t, t_next)
+        noise = (x - acp.sqrt() * x0) / (1 - acp).sqrt()
+        sigma = eta * ((1 - acp_next) / (1 - acp) * (1 - acp / acp_next)).sqrt()
+        x = acp_next.sqrt() * x0 + (1 - acp_next - sigma**2).sqrt() * noise
+        return x if z is None else x + sigma * z

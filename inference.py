@@ -1,0 +1,146 @@
+"""Sample from a trained DiT: `python inference.py` turns noise into digits, and draws the way there.
+
+One generator, `Diffusion.sample`, feeds everything: the strip (a row per label, noise at the left, digit at the
+right), the animation (--gif), a grid (--num-samples) and arrays for evaluation (--num-samples with --npz).
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from checkpoint import denoise, load_model
+from config import Parser, UserError, run_script
+from dataset import denormalize
+from machine import choose_device
+
+BATCH_SIZE = 500  # of --num-samples; part of what a seed means
+
+
+def some_of(frames: list[Tensor], count: int) -> list[int]:
+    """At most `count` evenly spaced indices of the frames, the first and the last among them."""
+    return torch.linspace(0, len(frames) - 1, min(count, len(frames))).round().int().tolist()
+
+
+def mosaic(images: Tensor, columns: int) -> np.ndarray:
+    """Images (N, C, H, W) in [-1, 1], row by row -> one picture (height, width, 3) uint8."""
+    return make_grid(denormalize(images).cpu(), nrow=columns, padding=1, pad_value=64).permute(1, 2, 0).numpy()
+
+
+def save_strip(frames: list[Tensor], labels: list[int], path: str | Path, columns: int = 11) -> None:
+    """The progression: a row per label, from noise at the left to the image at the right."""
+    chosen = some_of(frames, columns)
+    rows = torch.stack([frames[i] for i in chosen], dim=1).flatten(0, 1)  # label by label
+    picture = mosaic(rows, len(chosen))
+    figure = Figure(figsize=(0.6 * len(chosen) + 0.6, 0.6 * len(labels) + 0.6), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(picture)
+    pitch = frames[0].shape[-1] + 1  # an image and its border
+    axes.set_xticks([pitch * (i + 0.5) for i in range(len(chosen))], chosen)
+    axes.set_yticks([pitch * (i + 0.5) for i in range(len(labels))], labels)
+    axes.set(xlabel="denoising steps taken", ylabel="label")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def save_gif(frames: list[Tensor], path: str | Path) -> None:
+    """The same as an animation: all labels side by side, about four seconds and a pause at the end."""
+    pictures = [Image.fromarray(mosaic(frames[i], 10)) for i in some_of(frames, 50)]
+    pictures = [picture.resize((picture.width * 3, picture.height * 3), Image.NEAREST) for picture in pictures]
+    durations = [80] * (len(pictures) - 1) + [2000]  # milliseconds
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def parse_labels(text: str, num_classes: int) -> list[int]:
+    """[207, 360] from "207,360"; without a comma each character is a label, as in "0123"."""
+    try:
+        labels = [int(label) for label in (text.split(",") if "," in text else text)]
+    except ValueError:
+        labels = []
+    if not labels:
+        raise UserError(f"labels {text!r}: give digits, such as 0123, or numbers with commas, such as 207,360")
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise UserError(f"label {label} is not one of the model's {num_classes} classes, 0 to {num_classes - 1}")
+    return labels
+
+
+def check_path(flag: str, path: str, suffix: str) -> None:
+    """Refuse a file that could not be written, before the work rather than after it."""
+    if Path(path).suffix != suffix:
+        raise UserError(f"{flag} {path}: the file's name must end in {suffix}")
+    if not Path(path).absolute().parent.is_dir():
+        raise UserError(f"{flag} {path}: its folder does not exist; create it first")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("Turn noise into images with a trained DiT.")
+    parser.add_argument("--checkpoint", default="model.pth", metavar="FILE", help="weights (default: model.pth)")
+    parser.add_argument("--labels", metavar="LABELS", help="a digit a character, or numbers with commas (default: all)")
+    parser.add_fields("sampler sample_steps cfg_scale eta seed device", default="the checkpoint's")
+    parser.add_argument("--output", metavar="FILE", help="the picture (default: inference.png)")
+    parser.add_argument("--gif", metavar="FILE", help="write an animation")
+    parser.add_argument("--num-samples", type=int, metavar="INT", help="draw many, the labels in turn, as a grid")
+    parser.add_argument("--npz", metavar="FILE", help="write the --num-samples as arrays: arr_0 images, arr_1 labels")
+    given = vars(parser.parse_args(argv))
+    output, gif, npz = (given.pop(name, None) for name in ("output", "gif", "npz"))
+    num_samples = given.pop("num_samples", None)
+    if num_samples is not None and num_samples < 1:
+        raise UserError(f"num_samples is {num_samples}; it must be at least 1")
+    if npz and num_samples is None:
+        raise UserError("--npz needs --num-samples, how many to draw")
+    if gif and num_samples is not None:
+        raise UserError("--gif shows one image for each of --labels; leave out --num-samples")
+    if not gif and not npz:
+        output = output or "inference.png"
+    for flag, path, suffix in (("--output", output, ".png"), ("--gif", gif, ".gif"), ("--npz", npz, ".npz")):
+        if path:
+            check_path(flag, path, suffix)
+
+    device = choose_device(given.pop("device", "auto"))
+    model, config = load_model(given.pop("checkpoint"), device)
+    text = given.pop("labels", None)
+    labels = list(range(min(config.num_classes, 10))) if text is None else parse_labels(text, config.num_classes)
+    config = config.replace(**given)
+    generator = torch.Generator(device).manual_seed(config.seed)
+
+    start = time.perf_counter()
+    count = num_samples or len(labels)
+    y = torch.tensor([labels[i % len(labels)] for i in range(count)])
+    parts = y.to(device).split(BATCH_SIZE)
+    images = []
+    with tqdm(total=len(parts) * (config.sample_steps + 1), unit="step", leave=False) as bar:
+        for part in parts:
+            frames = []
+            for x in denoise(model, config, part, generator):
+                frames = [x] if num_samples else [*frames, x]
+                bar.update()
+            images.append(x)
+    images = torch.cat(images)
+    seconds = time.perf_counter() - start
+
+    if npz:
+        np.savez(npz, denormalize(images).permute(0, 2, 3, 1).cpu().numpy(), y.numpy())
+    if gif:
+        save_gif(frames, gif)
+    if output and num_samples:
+        Image.fromarray(mosaic(images, round(num_samples**0.5))).save(output)
+    elif output:
+        save_strip(frames, labels, output)
+    evaluations = config.sample_steps * (1 if config.cfg_scale == 1 else 2)
+    print(
+        f"{count} images by {config.sample_steps} steps of {config.sampler}, guidance {config.cfg_scale}: "
+        f"{evaluations} network evaluations an image, {seconds:.1f} s on {device}"
+    )
+    print("written: " + ", ".join(path for path in (output, gif, npz) if path))
+
+
+if __name__ == "__main__":
+    run_script(main)

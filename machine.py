@@ -1,0 +1,46 @@
+"""What this machine can do: its device, the precision it computes fastest in, whether its compiler works."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from config import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a config names; "auto" is a GPU where there is one. UserError for one that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, available in there.items() if available)
+    if not there[name]:
+        raise UserError(f"device {name!r} is not there on this machine; try --device cpu")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """The precision to train in; "auto" is bf16 where the processor computes in it, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        gains = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        gains = features.get("avx512_bf16") or features.get("amx_bf16")
+    return "bf16" if gains else "fp32"
+
+
+def compile_network(model: nn.Module, loss_of: Callable[[Callable], Tensor]) -> Callable:
+    """The model compiled, tried on one loss; or the model itself, said aloud, where no compiler works."""
+    compiled = torch.compile(model)
+    start = time.perf_counter()
+    try:
+        loss_of(compiled).backward()
+    except Exception as error:  # whatever the compiler's trouble is, the run can do without it
+        print(f"compiling failed ({type(error).__name__}), so the run goes on without: it is only slower")
+        compiled = model
+    else:
+        print(f"compiled in {time.perf_counter() - start:.0f} s")
+    model.zero_grad()
+    return compiled

@@ -1,0 +1,244 @@
+"""Train a DiT: `python train.py`, from random weights to digits. The loop is at the end of `train`.
+
+Every step draws images, labels, timesteps and noise from a generator seeded by (seed, step) alone, and a
+checkpoint holds all the rest; so a run that is cut off anywhere and resumed ends with the same bits.
+"""
+
+import copy
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from checkpoint import build_model, build_process, denoise, load_file, model_config, read_config, save_file
+from config import Config, Parser, UserError, preset, run_script
+from dataset import load_dataset, normalize
+from machine import choose_device, choose_precision, compile_network
+
+FLAGS = """preset dataset data_dir image_size patch_size hidden_size depth num_heads process prediction schedule loss
+    train_steps batch_size learning_rate warmup_steps lr_decay weight_decay grad_clip ema_decay label_dropout seed
+    out_dir device precision compile log_every sample_every checkpoint_every sampler sample_steps cfg_scale eta"""
+FREE_ON_RESUME = ("out_dir", "data_dir", "device", "sample_every", "checkpoint_every")
+
+
+def learning_rate_at(step: int, config: Config) -> float:
+    """Linear warm-up, then a cosine's fall to 0 at the last step, or none."""
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.lr_decay == "constant":
+        return config.learning_rate * warmup
+    return config.learning_rate * warmup * (1 + math.cos(math.pi * step / config.train_steps)) / 2
+
+
+def ema_decay_at(step: int, config: Config) -> float:
+    """ema_decay, less at the start, so that the average soon forgets the random weights it began with."""
+    return min(config.ema_decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema = decay * ema + (1 - decay) * model, for every trained parameter."""
+    for average, parameter in zip(ema.parameters(), model.parameters()):
+        if parameter.requires_grad:
+            average.lerp_(parameter, 1 - decay)
+
+
+def draw_batch(images: Tensor, labels: Tensor, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A random batch: x0 (B, C, H, W) in [-1, 1] and y (B,), some of whose labels are dropped for guidance."""
+    shape = (config.batch_size,)
+    index = torch.randint(len(images), shape, device=images.device, generator=generator)
+    dropped = torch.rand(shape, device=images.device, generator=generator) < config.label_dropout
+    return normalize(images[index]), labels[index].masked_fill(dropped, config.num_classes)
+
+
+def save_samples(path: Path, ema: nn.Module, config: Config, device: torch.device) -> None:
+    """A grid of samples, a row for each label, the same noise every time, so that only learning changes it."""
+    y = torch.arange(min(config.num_classes, 10), device=device).repeat_interleave(8)
+    for x in denoise(ema, config, y, torch.Generator(device).manual_seed(config.seed)):
+        pass
+    save_image(x, path, nrow=8, normalize=True, value_range=(-1, 1))
+
+
+def save_loss_plot(path: Path, rows: list[str]) -> None:
+    """loss.csv as a picture."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([int(row.split(",")[0]) for row in rows], [float(row.split(",")[1]) for row in rows])
+    axes.set(xlabel="step", ylabel="training loss", yscale="log")
+    figure.savefig(path, dpi=120)
+
+
+def train(config: Config, state: dict[str, Any] | None = None) -> Path:
+    """Train until config.train_steps, from scratch or on from a checkpoint's state; returns the run's folder."""
+    out_dir = Path(config.out_dir or f"runs/{config.preset}")
+    device = choose_device(config.device)
+    data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size)
+    images, labels = data.images.to(device), data.labels.to(device)
+    config = config.replace(
+        dataset=data.name,
+        image_size=images.shape[-1],
+        in_channels=images.shape[1],
+        num_classes=max(config.num_classes if state else 0, int(labels.max()) + 1),
+        precision=choose_precision(config.precision, device),
+        compile=config.compile if config.compile != "auto" else "on" if config.train_steps >= 2000 else "off",
+    )
+
+    torch.manual_seed(config.seed)
+    model = build_model(config).to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    process = build_process(config)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=config.weight_decay,
+        fused=device.type != "mps",
+    )
+    generator = torch.Generator(device)
+    step, rows, loss_sum, loss_count = 0, [], 0.0, 0
+    if state:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, rows, loss_sum, loss_count = (state[k] for k in ("step", "rows", "loss_sum", "loss_count"))
+
+    def save_checkpoint() -> None:
+        content = {"config": vars(config), "model": model.state_dict(), "ema": ema.state_dict()}
+        content |= {"optimizer": optimizer.state_dict(), "step": step, "rows": rows}
+        save_file(content | {"loss_sum": loss_sum, "loss_count": loss_count}, out_dir / "checkpoint.pth")
+        save_file({"model": ema.state_dict(), "config": model_config(config)}, out_dir / "model.pth")
+
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if not state:
+        save_checkpoint()  # so that there is something to resume from the first moment on
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"device     {device}, {config.precision}, {torch.get_num_threads()} threads, compile {config.compile}")
+    print(f"data       {data.name}: {len(images):,} images of {tuple(images.shape[1:])}, {config.num_classes} labels")
+    print(f"model      {parameters:,} parameters: hidden {config.hidden_size}, depth {config.depth}")
+    print(f"process    {config.process}: {config.prediction} prediction, {config.schedule} schedule")
+    print(f"steps      {step:,} of {config.train_steps:,} done, {config.batch_size} images each")
+    print(f"files      {out_dir}/: checkpoint.pth, model.pth, loss.csv, loss.png, samples/", flush=True)
+
+    def loss_of(network: Any) -> Tensor:
+        x0, y = draw_batch(images, labels, config, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            return process.loss(network, x0, y, generator)
+
+    network = model
+    if config.compile == "on" and step < config.train_steps:
+        network = compile_network(model, loss_of)
+
+    signals = []  # the first Ctrl-C or SIGTERM ends the run in order, the second at once
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(number: int, frame: Any) -> None:
+        signals.append(number)
+        signal.signal(number, usual[number])
+
+    for number in usual:
+        signal.signal(number, on_signal)
+    (out_dir / "samples").mkdir(exist_ok=True)
+    csv = open(out_dir / "loss.csv", "w")
+    csv.write("".join(line + "\n" for line in ["step,loss,learning_rate,images_per_second", *rows]))
+    bar = tqdm(total=config.train_steps, initial=step, unit="step", disable=step >= config.train_steps)
+    first_step = step
+    clock = start = time.perf_counter()
+    row_seconds = 0.0
+
+    while step < config.train_steps and not signals:
+        generator.manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # runs of other seeds start far away
+        learning_rate = learning_rate_at(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        loss = loss_of(network)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        if not math.isfinite(loss.item() + norm.item()):
+            raise UserError(
+                f"the loss is {loss.item()} and its gradient's norm {norm.item()} at step {step + 1}; "
+                f"{out_dir / 'checkpoint.pth'} is the last good one; try a smaller --learning-rate"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, model, ema_decay_at(step, config))
+
+        step, loss_sum, loss_count = step + 1, loss_sum + loss.item(), loss_count + 1
+        bar.update()
+        done = step == config.train_steps
+        if step % config.log_every == 0 or done:
+            row_seconds += time.perf_counter() - clock
+            clock = time.perf_counter()
+            speed = loss_count * config.batch_size / row_seconds
+            rows.append(f"{step},{loss_sum / loss_count:.6f},{learning_rate:.6g},{speed:.1f}")
+            bar.set_postfix_str(f"loss {loss_sum / loss_count:.4f}, {speed:,.0f} images/s")
+            csv.write(rows[-1] + "\n")
+            csv.flush()
+            loss_sum, loss_count, row_seconds = 0.0, 0, 0.0
+        if step == first_step + 50 and not done:
+            minutes = (time.perf_counter() - start) / 50 * (config.train_steps - step) / 60
+            tqdm.write(f"about {minutes:.1f} minutes to go")
+        if step % config.sample_every == 0 or step % config.checkpoint_every == 0 or done or signals:
+            row_seconds += time.perf_counter() - clock
+            if step % config.sample_every == 0 and not done:
+                save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, device)
+            if step % config.checkpoint_every == 0 or done or signals:
+                save_checkpoint()
+            clock = time.perf_counter()
+
+    bar.close()
+    csv.close()
+    for number in usual:
+        signal.signal(number, usual[number])
+    save_loss_plot(out_dir / "loss.png", rows)
+    if step < config.train_steps:
+        print(f"stopped at step {step:,}; to go on: python train.py --resume --out-dir {out_dir}")
+        sys.exit(128 + signals[0])
+    save_file({"model": ema.state_dict(), "config": model_config(config)}, out_dir / "model.pth")
+    save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, device)
+    print(f"done; to see digits: python inference.py --checkpoint {out_dir / 'model.pth'}")
+    return out_dir
+
+
+def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """The config and state of the checkpoint to go on from; UserError if it is not there or a flag contradicts it."""
+    path = Path(given.get("out_dir") or f"runs/{given.get('preset', 'digits')}") / "checkpoint.pth"
+    if not path.exists():
+        raise UserError(f"nothing to resume: {path} does not exist; leave out --resume, or name the run's --out-dir")
+    state = load_file(path)
+    if not isinstance(state, dict) or not {"config", "model", "ema", "optimizer", "step"} <= state.keys():
+        raise UserError(f"{path} is not a checkpoint of train.py")
+    config = read_config(state["config"], path)
+    free = FREE_ON_RESUME + (("train_steps",) if config.lr_decay == "constant" else ())
+    for name, value in given.items():
+        if name not in free and value not in (getattr(config, name), "auto"):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {value} differs from the run's {getattr(config, name)}; leave it out to resume")
+    changes = {name: value for name, value in given.items() if name in free}
+    return config.replace(**{**changes, "out_dir": str(path.parent)}), state
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("Train a DiT on digits.")
+    parser.add_fields(FLAGS)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out-dir, exactly")
+    given = vars(parser.parse_args(argv))
+    if given.pop("resume", False):
+        train(*resumed(given))
+        return
+    config = preset(given.pop("preset", "digits"), **given)
+    path = Path(config.out_dir or f"runs/{config.preset}") / "checkpoint.pth"
+    if path.exists():
+        raise UserError(f"{path} is there already; go on with --resume, or give another --out-dir")
+    train(config)
+
+
+if __name__ == "__main__":
+    run_script(main)
