@@ -7,6 +7,7 @@
 import contextlib
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def load_file(path: str | Path) -> Any:
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of a foreign file's format: the error below says it all
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # random bytes can fail in any way inside the reader
         raise UserError(f"{path} is damaged or not a file of weights ({type(error).__name__})") from error
 

@@ -28,8 +28,6 @@ SAMPLERS = {"diffusion": ("ddpm", "ddim")}
 PRESETS = {
     "digits": {},  # the defaults: digits in ten minutes on a laptop's CPU
     "classic": dict(  # the recipe of most teaching repositories, for comparison
-        hidden_size=64,
-        depth=3,
         prediction="noise",
         schedule="linear",
         loss="l1",
@@ -56,8 +54,8 @@ class Config:
     num_classes: int = option(10, "number of labels; comes from the dataset", int)
     # Model
     patch_size: int = option(4, "a token is a square of this many pixels", int)
-    hidden_size: int = option(96, "width of a token", int)
-    depth: int = option(4, "number of transformer blocks", int)
+    hidden_size: int = option(64, "width of a token", int)
+    depth: int = option(3, "number of transformer blocks", int)
     num_heads: int = option(4, "attention heads of a block", int)
     # Process
     process: str = option("diffusion", "how noise and data are joined", choices=tuple(SAMPLERS))
@@ -65,7 +63,7 @@ class Config:
     schedule: str = option("cosine", "noise schedule", choices=("linear", "cosine"))
     loss: str = option("mse", "distance between prediction and target", choices=("mse", "l1"))
     # Training
-    train_steps: int = option(7000, "optimizer steps", int)
+    train_steps: int = option(7500, "optimizer steps", int)
     batch_size: int = option(64, "images a step", int)
     learning_rate: float = option(3e-3, "peak learning rate of AdamW", float)
     warmup_steps: int = option(200, "steps over which the learning rate rises from 0", int)
@@ -159,12 +157,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
 
-    def add_fields(self, names: str, default: str | None = None) -> None:
+    def add_fields(self, *names: str, default: str | None = None) -> None:
         """Add a flag for each of Config's fields named; `default` says what a flag not given means."""
         fields = {field.name: field for field in dataclasses.fields(Config)}
-        for name in names.split():
-            field = fields[name]
-            meta = field.metadata
+        for name in names:
+            field, meta = fields[name], fields[name].metadata
             shown = default or field.default
             self.add_argument(
                 "--" + name.replace("_", "-"),

@@ -1,7 +1,10 @@
-"""What this machine can do: its device, the precision it computes fastest in, whether its compiler works."""
+"""What this machine can do: its device, the precision it computes fastest in, its compiler, its signals."""
 
+import contextlib
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +34,13 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16" if gains else "fp32"
 
 
+def choose_compile(name: str, train_steps: int) -> str:
+    """Whether to compile: "auto" is "on" in runs long enough to win back the half minute it may take."""
+    if name != "auto":
+        return name
+    return "on" if train_steps >= 2000 else "off"
+
+
 def compile_network(model: nn.Module, loss_of: Callable[[Callable], Tensor]) -> Callable:
     """The model compiled, tried on one loss; or the model itself, said aloud, where no compiler works."""
     compiled = torch.compile(model)
@@ -44,3 +54,22 @@ def compile_network(model: nn.Module, loss_of: Callable[[Callable], Tensor]) -> 
         print(f"compiled in {time.perf_counter() - start:.0f} s")
     model.zero_grad()
     return compiled
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM become numbers in a list, for a loop to end in order; a second one acts at once."""
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    received = []
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, usual[number])
+
+    for number in usual:
+        signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)

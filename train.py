@@ -5,10 +5,11 @@ checkpoint holds all the rest; so a run that is cut off anywhere and resumed end
 """
 
 import copy
+import dataclasses
 import math
-import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,8 @@ from tqdm import tqdm
 from checkpoint import build_model, build_process, denoise, load_file, model_config, read_config, save_file
 from config import Config, Parser, UserError, preset, run_script
 from dataset import load_dataset, normalize
-from machine import choose_device, choose_precision, compile_network
+from machine import choose_compile, choose_device, choose_precision, compile_network, deferred_signals
 
-FLAGS = """preset dataset data_dir image_size patch_size hidden_size depth num_heads process prediction schedule loss
-    train_steps batch_size learning_rate warmup_steps lr_decay weight_decay grad_clip ema_decay label_dropout seed
-    out_dir device precision compile log_every sample_every checkpoint_every sampler sample_steps cfg_scale eta"""
 FREE_ON_RESUME = ("out_dir", "data_dir", "device", "sample_every", "checkpoint_every")
 
 
@@ -85,118 +83,96 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         dataset=data.name,
         image_size=images.shape[-1],
         in_channels=images.shape[1],
-        num_classes=max(config.num_classes if state else 0, int(labels.max()) + 1),
+        num_classes=int(labels.max()) + 1,
         precision=choose_precision(config.precision, device),
-        compile=config.compile if config.compile != "auto" else "on" if config.train_steps >= 2000 else "off",
+        compile=choose_compile(config.compile, config.train_steps),
     )
 
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     process = build_process(config)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=config.learning_rate,
-        betas=(0.9, 0.99),
-        weight_decay=config.weight_decay,
-        fused=device.type != "mps",
-    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
     generator = torch.Generator(device)
-    step, rows, loss_sum, loss_count = 0, [], 0.0, 0
+    step, rows, loss_sum, loss_count = 0, [], 0.0, 0  # the sum and count are of the losses since the last row
     if state:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        step, rows, loss_sum, loss_count = (state[k] for k in ("step", "rows", "loss_sum", "loss_count"))
+        step, rows, loss_sum, loss_count = state["progress"]
 
     def save_checkpoint() -> None:
         content = {"config": vars(config), "model": model.state_dict(), "ema": ema.state_dict()}
-        content |= {"optimizer": optimizer.state_dict(), "step": step, "rows": rows}
-        save_file(content | {"loss_sum": loss_sum, "loss_count": loss_count}, out_dir / "checkpoint.pth")
+        content |= {"optimizer": optimizer.state_dict(), "progress": [step, rows, loss_sum, loss_count]}
+        save_file(content, out_dir / "checkpoint.pth")
         save_file({"model": ema.state_dict(), "config": model_config(config)}, out_dir / "model.pth")
 
-    out_dir.mkdir(parents=True, exist_ok=True)
+    def loss_of(network: Callable) -> Tensor:
+        x0, y = draw_batch(images, labels, config, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            return process.loss(network, x0, y, generator)
+
+    (out_dir / "samples").mkdir(parents=True, exist_ok=True)
     if not state:
         save_checkpoint()  # so that there is something to resume from the first moment on
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"device     {device}, {config.precision}, {torch.get_num_threads()} threads, compile {config.compile}")
     print(f"data       {data.name}: {len(images):,} images of {tuple(images.shape[1:])}, {config.num_classes} labels")
     print(f"model      {parameters:,} parameters: hidden {config.hidden_size}, depth {config.depth}")
     print(f"process    {config.process}: {config.prediction} prediction, {config.schedule} schedule")
     print(f"steps      {step:,} of {config.train_steps:,} done, {config.batch_size} images each")
     print(f"files      {out_dir}/: checkpoint.pth, model.pth, loss.csv, loss.png, samples/", flush=True)
+    compiling = config.compile == "on" and step < config.train_steps
+    network = compile_network(model, loss_of) if compiling else model
 
-    def loss_of(network: Any) -> Tensor:
-        x0, y = draw_batch(images, labels, config, generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            return process.loss(network, x0, y, generator)
+    with (
+        deferred_signals() as signals,
+        open(out_dir / "loss.csv", "w") as csv,
+        tqdm(total=config.train_steps, initial=step, unit="step", disable=step >= config.train_steps) as bar,
+    ):
+        csv.write("".join(line + "\n" for line in ["step,loss,learning_rate,images_per_second", *rows]))
+        seconds, first_step = 0.0, step
+        clock = start = time.perf_counter()
+        while step < config.train_steps and not signals:
+            generator.manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # runs of other seeds start far away
+            learning_rate = learning_rate_at(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
 
-    network = model
-    if config.compile == "on" and step < config.train_steps:
-        network = compile_network(model, loss_of)
+            loss = loss_of(network)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(trained, config.grad_clip)
+            if not math.isfinite(loss.item() + norm.item()):
+                raise UserError(
+                    f"the loss is {loss.item()} and its gradient's norm {norm.item()} at step {step + 1}; "
+                    f"{out_dir / 'checkpoint.pth'} is the last good one; try a smaller --learning-rate"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            update_ema(ema, model, ema_decay_at(step, config))
 
-    signals = []  # the first Ctrl-C or SIGTERM ends the run in order, the second at once
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_signal(number: int, frame: Any) -> None:
-        signals.append(number)
-        signal.signal(number, usual[number])
-
-    for number in usual:
-        signal.signal(number, on_signal)
-    (out_dir / "samples").mkdir(exist_ok=True)
-    csv = open(out_dir / "loss.csv", "w")
-    csv.write("".join(line + "\n" for line in ["step,loss,learning_rate,images_per_second", *rows]))
-    bar = tqdm(total=config.train_steps, initial=step, unit="step", disable=step >= config.train_steps)
-    first_step = step
-    clock = start = time.perf_counter()
-    row_seconds = 0.0
-
-    while step < config.train_steps and not signals:
-        generator.manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # runs of other seeds start far away
-        learning_rate = learning_rate_at(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-
-        loss = loss_of(network)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        if not math.isfinite(loss.item() + norm.item()):
-            raise UserError(
-                f"the loss is {loss.item()} and its gradient's norm {norm.item()} at step {step + 1}; "
-                f"{out_dir / 'checkpoint.pth'} is the last good one; try a smaller --learning-rate"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        update_ema(ema, model, ema_decay_at(step, config))
-
-        step, loss_sum, loss_count = step + 1, loss_sum + loss.item(), loss_count + 1
-        bar.update()
-        done = step == config.train_steps
-        if step % config.log_every == 0 or done:
-            row_seconds += time.perf_counter() - clock
-            clock = time.perf_counter()
-            speed = loss_count * config.batch_size / row_seconds
-            rows.append(f"{step},{loss_sum / loss_count:.6f},{learning_rate:.6g},{speed:.1f}")
-            bar.set_postfix_str(f"loss {loss_sum / loss_count:.4f}, {speed:,.0f} images/s")
-            csv.write(rows[-1] + "\n")
-            csv.flush()
-            loss_sum, loss_count, row_seconds = 0.0, 0, 0.0
-        if step == first_step + 50 and not done:
-            minutes = (time.perf_counter() - start) / 50 * (config.train_steps - step) / 60
-            tqdm.write(f"about {minutes:.1f} minutes to go")
-        if step % config.sample_every == 0 or step % config.checkpoint_every == 0 or done or signals:
-            row_seconds += time.perf_counter() - clock
+            step, loss_sum, loss_count = step + 1, loss_sum + loss.item(), loss_count + 1
+            seconds, clock = seconds + time.perf_counter() - clock, time.perf_counter()
+            done = step == config.train_steps
+            bar.update()
+            if step % config.log_every == 0 or done:
+                mean, speed = loss_sum / loss_count, loss_count * config.batch_size / seconds
+                rows.append(f"{step},{mean:.6f},{learning_rate:.6g},{speed:.1f}")
+                csv.write(rows[-1] + "\n")
+                csv.flush()
+                bar.set_postfix_str(f"loss {mean:.4f}, {speed:,.0f} images/s")
+                loss_sum, loss_count, seconds = 0.0, 0, 0.0
+            if step == first_step + 50 and not done:
+                minutes = (time.perf_counter() - start) / 50 * (config.train_steps - step) / 60
+                tqdm.write(f"about {minutes:.1f} minutes to go")
             if step % config.sample_every == 0 and not done:
                 save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, device)
+                clock = time.perf_counter()
             if step % config.checkpoint_every == 0 or done or signals:
                 save_checkpoint()
-            clock = time.perf_counter()
+                clock = time.perf_counter()
 
-    bar.close()
-    csv.close()
-    for number in usual:
-        signal.signal(number, usual[number])
     save_loss_plot(out_dir / "loss.png", rows)
     if step < config.train_steps:
         print(f"stopped at step {step:,}; to go on: python train.py --resume --out-dir {out_dir}")
@@ -213,7 +189,7 @@ def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     if not path.exists():
         raise UserError(f"nothing to resume: {path} does not exist; leave out --resume, or name the run's --out-dir")
     state = load_file(path)
-    if not isinstance(state, dict) or not {"config", "model", "ema", "optimizer", "step"} <= state.keys():
+    if not isinstance(state, dict) or state.keys() != {"config", "model", "ema", "optimizer", "progress"}:
         raise UserError(f"{path} is not a checkpoint of train.py")
     config = read_config(state["config"], path)
     free = FREE_ON_RESUME + (("train_steps",) if config.lr_decay == "constant" else ())
@@ -227,7 +203,7 @@ def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Train a DiT on digits.")
-    parser.add_fields(FLAGS)
+    parser.add_fields(*(f.name for f in dataclasses.fields(Config) if f.name not in ("in_channels", "num_classes")))
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out-dir, exactly")
     given = vars(parser.parse_args(argv))
     if given.pop("resume", False):

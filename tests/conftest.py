@@ -1,0 +1,62 @@
+"""What the tests share: a small random model, glyphs in a temporary folder, the real MNIST where $DATA_DIR has it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset import MNIST_FILES, load_dataset, normalize
+from dit import DiT
+
+ROOT = Path(__file__).parent.parent
+
+
+def random_dit(seed: int = 0, **sizes) -> DiT:
+    """A DiT with every tensor redrawn from N(0, 0.05): a fresh one predicts 0, which would prove nothing."""
+    torch.manual_seed(seed)
+    model = DiT(**{"hidden_size": 32, "depth": 2, "num_heads": 2, **sizes}).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.05)
+    return model
+
+
+def run(script: str, *flags: object, **env: str) -> subprocess.CompletedProcess:
+    """`python SCRIPT FLAGS` at the repository's root, as a user does it."""
+    command = [sys.executable, ROOT / script, *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess, *words: str) -> None:
+    """One clear line on stderr with these words in it, and a non-zero exit status."""
+    assert result.returncode != 0, result.stdout
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.fixture(scope="session")
+def glyphs_dir(tmp_path_factory) -> Path:
+    """A data folder in which the glyphs are cached."""
+    folder = tmp_path_factory.mktemp("data")
+    load_dataset("glyphs", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mnist_dir() -> str:
+    folder = os.environ.get("DATA_DIR", "data")
+    if not all((Path(folder) / "MNIST" / "raw" / name).exists() for name in MNIST_FILES):
+        pytest.skip(f"the real MNIST is not in {folder}: name its folder in DATA_DIR")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def read_digits(mnist_dir):
+    """A classifier: images (N, 1, 28, 28) in [-1, 1] -> the label of the nearest training digit of each."""
+    data = load_dataset("mnist", mnist_dir)
+    digits = normalize(data.images).flatten(1)
+    return lambda images: data.labels[torch.cdist(images.flatten(1), digits).argmin(1)]

@@ -1,0 +1,132 @@
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from conftest import random_dit
+
+import checkpoint
+from checkpoint import load_file, load_model, model_config, save_file
+from config import Config, UserError
+
+CONFIG = Config(image_size=28, hidden_size=32, depth=2, num_heads=2, data_dir="/a/private/folder")
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    path = tmp_path / "model.pth"
+    save_file({"model": random_dit().state_dict(), "config": model_config(CONFIG)}, path)
+    return path
+
+
+def test_a_model_comes_back_as_it_was(model_file):
+    model, config = load_model(model_file)
+    assert not model.training
+    assert (config.hidden_size, config.depth, config.cfg_scale) == (32, 2, CONFIG.cfg_scale)
+    for (name, tensor), expected in zip(model.state_dict().items(), random_dit().state_dict().values(), strict=True):
+        assert torch.equal(tensor, expected), name
+
+
+def test_a_model_file_does_not_tell_its_makers_folders(model_file):
+    assert b"private" not in model_file.read_bytes()
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def write_pickle(path):
+    path.write_bytes(pickle.dumps(Bomb()))
+
+
+def write_torch_pickle(path):
+    torch.save({"model": Bomb(), "config": {}}, path)
+
+
+def write_truncated(path):
+    save_file({"model": random_dit().state_dict(), "config": model_config(CONFIG)}, path)
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def write_zip(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("hello", "world")
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.mkdir(), "does not exist"),
+        (lambda path: path.write_bytes(b""), "is damaged or not a file of weights"),
+        (lambda path: path.write_bytes(os.urandom(5000)), "is damaged or not a file of weights"),
+        (lambda path: path.write_text("hello"), "is damaged or not a file of weights"),
+        (write_truncated, "is damaged or not a file of weights"),
+        (write_zip, "is damaged or not a file of weights"),
+        (write_pickle, "is damaged or not a file of weights"),
+        (write_torch_pickle, "is damaged or not a file of weights"),
+        (lambda path: torch.save([1, 2], path), 'it lacks "model" and "config"'),
+        (lambda path: torch.save({"model": {}, "config": {}}, path), "its weights are not those"),
+        (lambda path: torch.save({"model": 3, "config": {"image_size": 28}}, path), "its weights are not those"),
+        (lambda path: torch.save({"model": {}, "config": {"size": 3}}, path), "holds no usable config"),
+        (lambda path: torch.save({"model": {}, "config": {"depth": "x"}}, path), "holds no usable config"),
+        (lambda path: torch.save({"model": {}, "config": [3]}, path), "holds no usable config"),
+    ],
+)
+def test_a_bad_file_is_one_clear_error_and_nothing_runs(write, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.pth"
+    write(path)
+    with pytest.raises(UserError) as error:
+        load_model(path)
+    assert message in str(error.value) and str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "lie, name",
+    [
+        (dict(hidden_size=64), "x_embedder.proj.weight|pos_embed"),
+        (dict(depth=10**9), "the depth 1000000000"),
+        (dict(depth=1), "blocks.1.*is no part of the model"),
+        (dict(num_classes=20), "y_embedder.embedding_table.weight"),
+        (dict(image_size=10**6), "pos_embed"),
+        (dict(patch_size=2), "pos_embed|proj.weight"),
+    ],
+)
+def test_weights_of_other_shapes_are_named(lie, name, model_file):
+    content = load_file(model_file)
+    content["config"] |= lie
+    save_file(content, model_file)
+    with pytest.raises(UserError, match=name):
+        load_model(model_file)
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_no_scraps(function, model_file, monkeypatch):
+    before = model_file.read_bytes()
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, function, disk_full)
+    with pytest.raises(UserError, match="No space left on device.*free some space"):
+        save_file({"model": torch.zeros(1000)}, model_file)
+    assert model_file.read_bytes() == before
+    assert list(model_file.parent.iterdir()) == [model_file]
+
+
+def test_a_disk_that_fills_up_midway_is_an_error_too(model_file, tmp_path):
+    resource = pytest.importorskip("resource", reason="file size limits are of Unix")
+    before, limits = model_file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write"):
+            save_file(torch.zeros(1_000_000), model_file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert model_file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [model_file]

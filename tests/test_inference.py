@@ -1,0 +1,129 @@
+import pytest
+import torch
+from conftest import ROOT, assert_one_line_error, random_dit, run
+from PIL import Image
+
+import inference
+from checkpoint import load_model, model_config, save_file
+from config import Config, UserError
+from dataset import denormalize
+from inference import parse_labels
+
+np = pytest.importorskip("numpy")
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    """A tiny model of random weights with 13 classes."""
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    sizes = dict(image_size=8, hidden_size=32, depth=1, num_heads=2, num_classes=13)
+    config = Config(**sizes, in_channels=1, sample_steps=6)
+    save_file({"model": random_dit(**sizes).state_dict(), "config": model_config(config)}, path)
+    return path
+
+
+def infer(model_file, *flags) -> None:
+    inference.main(["--checkpoint", str(model_file), *map(str, flags)])
+
+
+def test_strip(model_file, tmp_path, capsys):
+    infer(model_file, "--output", tmp_path / "strip.png", "--labels", "0,12,3")
+    assert Image.open(tmp_path / "strip.png").size[0] > 300
+    assert "3 images by 6 steps of ddim, guidance 2.0: 12 network evaluations an image" in capsys.readouterr().out
+
+
+def test_gif_shows_the_way_to_the_digits(model_file, tmp_path):
+    infer(model_file, "--gif", tmp_path / "a.gif", "--sampler", "ddpm", "--sample-steps", 5)
+    gif = Image.open(tmp_path / "a.gif")
+    assert gif.n_frames == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gif"]
+
+
+def test_npz_is_as_the_adm_suite_has_it(model_file, tmp_path):
+    infer(model_file, "--num-samples", 7, "--npz", tmp_path / "s.npz", "--labels", "1,12")
+    arrays = np.load(tmp_path / "s.npz")
+    assert arrays["arr_0"].shape == (7, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
+    assert arrays["arr_1"].tolist() == [1, 12, 1, 12, 1, 12, 1] and arrays["arr_1"].dtype == np.int64
+
+
+def test_grid(model_file, tmp_path):
+    infer(model_file, "--num-samples", 9, "--output", tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").size == (28, 28)  # 3 x 3 images of 8 pixels and their borders
+
+
+def test_the_seed_decides(model_file, tmp_path):
+    def pixels(name, *flags):
+        infer(model_file, "--num-samples", 4, "--npz", tmp_path / name, "--cfg-scale", 1, *flags)
+        return np.load(tmp_path / name)["arr_0"]
+
+    assert (pixels("a.npz", "--seed", 5) == pixels("b.npz", "--seed", 5)).all()
+    assert (pixels("a.npz", "--seed", 5) != pixels("b.npz", "--seed", 6)).any()
+
+
+def test_samples_are_those_of_the_process(model_file, tmp_path):
+    infer(model_file, "--num-samples", 3, "--npz", tmp_path / "s.npz", "--labels", "4,5,6", "--seed", 9)
+    model, config = load_model(model_file)
+    from checkpoint import build_process
+
+    generator = torch.Generator().manual_seed(9)
+    noise = torch.randn(3, 1, 8, 8, generator=generator)
+    *_, x = build_process(config).sample(model, noise, torch.tensor([4, 5, 6]), steps=6, cfg_scale=2.0)
+    assert (np.load(tmp_path / "s.npz")["arr_0"] == denormalize(x).permute(0, 2, 3, 1).numpy()).all()
+
+
+def test_labels_are_parsed():
+    assert parse_labels("0123", 10) == [0, 1, 2, 3]
+    assert parse_labels("207,360", 1000) == [207, 360]
+    for text in ("", "a", "1,,2", "1.5,2"):
+        with pytest.raises(UserError, match="labels"):
+            parse_labels(text, 10)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--labels", "0,13"], "label 13 is not one of the model's 13 classes, 0 to 12"),
+        (["--labels=-1,3"], "label -1 is not one of"),
+        (["--labels", "x"], "labels 'x'"),
+        (["--sample-steps", "0"], "sample_steps is 0"),
+        (["--sample-steps", "1001"], "sample_steps is 1001"),
+        (["--sampler", "heun"], "'heun' is not one of process diffusion's: ddpm, ddim"),
+        (["--sampler", "ddpm", "--eta", "1"], "eta 1.0 is an option of sampler ddim"),
+        (["--cfg-scale", "nan"], "cfg_scale is nan"),
+        (["--num-samples", "-3"], "num_samples is -3; it must be at least 1"),
+        (["--npz", "s.npz"], "--npz needs --num-samples"),
+        (["--num-samples", "3", "--gif", "a.gif"], "leave out --num-samples"),
+        (["--output", "strip.tiff"], "must end in .png"),
+        (["--output", "/no/such/folder/strip.png"], "its folder does not exist"),
+        (["--device", "mps"], "device 'mps' is not there"),
+    ],
+)
+def test_bad_flags_are_refused(flags, message, model_file):
+    with pytest.raises(UserError) as error:
+        infer(model_file, *flags)
+    assert message in str(error.value)
+
+
+def test_the_command_line_fails_in_one_line(model_file, tmp_path):
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(model_file.read_bytes()[:1000])
+    assert_one_line_error(run("inference.py", "--checkpoint", broken), str(broken), "damaged")
+    assert_one_line_error(run("inference.py", "--checkpoint", model_file, "--seed", "x"), "--seed")
+
+
+def test_the_shipped_weights_draw_the_strip_in_time(tmp_path):
+    import time
+
+    start = time.perf_counter()
+    result = run("inference.py", "--output", tmp_path / "strip.png")
+    assert result.returncode == 0, result.stderr
+    assert time.perf_counter() - start < 15
+    assert "Traceback" not in result.stderr
+    assert Image.open(tmp_path / "strip.png").size[0] > 500
+
+
+def test_the_shipped_weights_draw_the_digits_asked_for(read_digits):
+    model, config = load_model(ROOT / "model.pth")
+    y = torch.arange(200) % 10
+    *_, x = inference.denoise(model, config, y, torch.Generator().manual_seed(0))
+    assert (read_digits(x) == y).float().mean() >= 0.85

@@ -1,0 +1,283 @@
+import csv
+import math
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, assert_one_line_error, run
+
+import dataset
+import machine
+import train
+from checkpoint import denoise, load_file, load_model
+from config import Config, UserError, preset
+from train import draw_batch, ema_decay_at, learning_rate_at, update_ema
+
+TINY = ["--dataset", "blobs", "--hidden-size", 32, "--depth", 1, "--num-heads", 2, "--batch-size", 8]
+TINY += ["--log-every", 5, "--warmup-steps", 5, "--sample-steps", 3]
+
+
+@pytest.fixture(autouse=True)
+def blobs(monkeypatch):
+    """A data set of four images: a white square in one corner, the label saying which."""
+
+    def load_blobs(data_dir, train):
+        images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+        for i, (row, column) in enumerate(((0, 0), (0, 4), (4, 0), (4, 4))):
+            images[i, 0, row : row + 4, column : column + 4] = 255
+        return images, torch.arange(4)
+
+    monkeypatch.setitem(dataset.DATASETS, "blobs", load_blobs)
+
+
+def fit(out_dir, *flags):
+    train.main([*map(str, TINY), "--out-dir", str(out_dir), *map(str, flags)])
+
+
+def rows(out_dir):
+    with open(out_dir / "loss.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def without_time(out_dir):
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows(out_dir)]
+
+
+def assert_same(a, b):
+    """Equal to the last bit, through all containers."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_tiny_run_overfits_a_handful_of_images(tmp_path):
+    fit(tmp_path, "--train-steps", 400, "--learning-rate", 5e-3, "--batch-size", 32, "--ema-decay", 0.98)
+    losses = [float(row["loss"]) for row in rows(tmp_path)]
+    assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
+    model, config = load_model(tmp_path / "model.pth")
+    config = config.replace(sample_steps=20, cfg_scale=1.0)
+    *_, x = denoise(model, config, torch.arange(40) % 4, torch.Generator().manual_seed(0))
+    originals = dataset.normalize(dataset.load_dataset("blobs", "").images)
+    distance = (x[:, None] - originals).abs().mean(dim=(2, 3, 4))  # of each sample to each original
+    assert distance.amin(1).mean() < 0.1
+    assert distance.argmin(1).unique().tolist() == [0, 1, 2, 3]
+
+
+def test_a_run_leaves_what_it_says(tmp_path, capsys):
+    fit(tmp_path, "--train-steps", 60, "--checkpoint-every", 30, "--sample-every", 20)
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    samples = [f"samples/step_{step:07d}.png" for step in (20, 40, 60)]
+    assert names == ["checkpoint.pth", "loss.csv", "loss.png", "model.pth", *samples]
+    assert [int(row["step"]) for row in rows(tmp_path)] == list(range(5, 65, 5))
+    assert list(rows(tmp_path)[0]) == ["step", "loss", "learning_rate", "images_per_second"]
+    assert float(rows(tmp_path)[-1]["images_per_second"]) > 0
+    printed = capsys.readouterr()
+    for word in ("cpu", "fp32", "blobs", "parameters", "60", str(tmp_path), "minutes to go"):
+        assert word in printed.out + printed.err
+    model, config = load_model(tmp_path / "model.pth")
+    assert (config.num_classes, config.image_size, config.dataset) == (4, 8, "blobs")
+    assert_same(dict(model.state_dict()), dict(load_file(tmp_path / "checkpoint.pth")["ema"]))
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        fit(tmp_path / name, "--train-steps", 12, "--seed", seed)
+    a, b, c = (load_file(tmp_path / name / "checkpoint.pth") for name in "abc")
+    assert_same(a["model"], b["model"])
+    assert not torch.equal(a["model"]["final_layer.linear.weight"], c["model"]["final_layer.linear.weight"])
+
+
+def test_ema_equals_its_closed_form():
+    torch.manual_seed(0)
+    model, ema, decay = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2), 0.9
+    start, history = ema.weight.detach().clone(), []
+    for _ in range(10):
+        model.weight.data.normal_()
+        history.append(model.weight.detach().clone())
+        update_ema(ema, model, decay)
+    closed = decay**10 * start + sum((1 - decay) * decay ** (9 - i) * w for i, w in enumerate(history))
+    assert torch.allclose(ema.weight, closed, atol=1e-6)
+    config = Config(ema_decay=0.99)
+    assert ema_decay_at(0, config) == 0.1 and ema_decay_at(10_000, config) == 0.99
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = Config(train_steps=1000, warmup_steps=100, learning_rate=0.01)
+    rates = [learning_rate_at(step, config) for step in range(1000)]
+    assert 0 < rates[0] < 2e-4 and rates[:100] == sorted(rates[:100])
+    assert max(rates) < 0.01 and rates[100:] == sorted(rates[100:], reverse=True) and rates[-1] < 1e-7
+    assert learning_rate_at(900, config.replace(lr_decay="constant")) == 0.01
+
+
+def test_batches_are_of_the_data_with_some_labels_dropped():
+    data = dataset.load_dataset("blobs", "")
+    config = Config(num_classes=4, batch_size=5000, label_dropout=0.2)
+    x0, y = draw_batch(data.images, data.labels, config, torch.Generator().manual_seed(0))
+    assert x0.shape == (5000, 1, 8, 8) and x0.min() == -1 and x0.max() == 1
+    assert abs((y == 4).float().mean() - 0.2) < 0.02
+    kept = y < 4
+    assert torch.equal(x0[kept], dataset.normalize(data.images)[y[kept]])
+    assert (y.bincount() > 900).all()
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
+    flags = ["--train-steps", 40, "--checkpoint-every", 7, "--sample-every", 10]
+    fit(tmp_path / "whole", *flags)
+    saved = []
+
+    def save_and_die(content, path):
+        save(content, path)
+        saved.append(path)
+        if len(saved) == 7:  # step 21, in the middle of a row; its model.pth is not written
+            raise KeyboardInterrupt
+
+    save = train.save_file
+    monkeypatch.setattr(train, "save_file", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "cut", *flags)
+    assert load_file(tmp_path / "cut" / "checkpoint.pth")["progress"][0] == 21
+    train.main(["--resume", "--out-dir", str(tmp_path / "cut")])
+    whole, cut = (load_file(tmp_path / name / "checkpoint.pth") for name in ("whole", "cut"))
+    for key in ("model", "ema", "optimizer"):
+        assert_same(whole[key], cut[key])
+    assert without_time(tmp_path / "whole") == without_time(tmp_path / "cut")
+    assert (tmp_path / "whole" / "model.pth").read_bytes() == (tmp_path / "cut" / "model.pth").read_bytes()
+
+
+def test_resume_has_its_rules(tmp_path):
+    fit(tmp_path, "--train-steps", 10)
+    with pytest.raises(UserError, match="--resume, or give another --out-dir"):
+        fit(tmp_path, "--train-steps", 10)
+    resume = ["--resume", "--out-dir", str(tmp_path)]
+    for flag, value in (("--depth", "2"), ("--learning-rate", "0.1"), ("--train-steps", "20"), ("--seed", "5")):
+        with pytest.raises(UserError, match=f"{flag} {value} differs from the run's"):
+            train.main([*resume, flag, value])
+    train.main([*resume, "--depth", "1", "--sample-every", "3", "--dataset", "auto", "--data-dir", "elsewhere"])
+    with pytest.raises(UserError, match="nothing to resume"):
+        train.main(["--resume", "--out-dir", str(tmp_path / "nowhere")])
+    (tmp_path / "checkpoint.pth").write_bytes(b"")
+    with pytest.raises(UserError, match="damaged"):
+        train.main(resume)
+
+
+def test_a_finished_run_writes_what_is_missing(tmp_path):
+    fit(tmp_path, "--train-steps", 10)
+    before = {name: (tmp_path / name).read_bytes() for name in ("model.pth", "loss.csv", "samples/step_0000010.png")}
+    for name in (*before, "loss.png"):
+        (tmp_path / name).unlink()
+    train.main(["--resume", "--out-dir", str(tmp_path)])
+    assert (tmp_path / "loss.png").exists()
+    for name, content in before.items():
+        assert (tmp_path / name).read_bytes() == content
+
+
+def test_a_constant_learning_rate_allows_more_steps(tmp_path):
+    fit(tmp_path / "a", "--train-steps", 10, "--lr-decay", "constant")
+    fit(tmp_path / "b", "--train-steps", 20, "--lr-decay", "constant")
+    train.main(["--resume", "--out-dir", str(tmp_path / "a"), "--train-steps", "20"])
+    a, b = (load_file(tmp_path / name / "checkpoint.pth") for name in "ab")
+    assert_same(a["model"], b["model"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"at step \d+; .*checkpoint.pth is the last good one") as error:
+        fit(tmp_path, "--train-steps", 50, "--learning-rate", 1e30, "--grad-clip", 1e30, "--checkpoint-every", 1)
+    step = int(str(error.value).split("at step ")[1].split(";")[0])
+    state = load_file(tmp_path / "checkpoint.pth")
+    assert state["progress"][0] < step
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_bad_flags_are_refused_before_anything_is_written(tmp_path):
+    out = ["--out-dir", str(tmp_path / "run")]
+    for flags, message in (
+        (["--image-size", "28", "--patch-size", "3"], "not divisible"),
+        (["--learning-rate", "nan"], "nan"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--train-steps", "-1"], "train_steps is -1"),
+        (["--dataset", "cifar"], "auto, mnist, glyphs"),
+        (["--dataset", "blobs", "--patch-size", "3"], "image_size 8 is not divisible by patch_size 3"),
+        (["--dataset", "blobs", "--image-size", "4"], "smaller than"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train.main([*out, *flags])
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        train.main([*map(str, TINY), "--out-dir", str(tmp_path / "file" / "run")])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_one_line(tmp_path):
+    result = run("train.py", "--device", "cuda", "--out-dir", tmp_path / "run")
+    assert_one_line_error(result, "device 'cuda' is not there", "--device cpu")
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path, glyphs_dir):
+    command = [sys.executable, "train.py", "--dataset", "glyphs", "--data-dir", glyphs_dir, "--out-dir", tmp_path]
+    command += ["--hidden-size", "32", "--depth", "1", "--train-steps", "100000", "--log-every", "2"]
+    command += ["--compile", "off"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "loss.csv").exists() or len((tmp_path / "loss.csv").read_text().splitlines()) < 3:
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    step = load_file(tmp_path / "checkpoint.pth")["progress"][0]
+    assert step >= 4
+    assert f"stopped at step {step:,}; to go on: python train.py --resume --out-dir {tmp_path}" in out
+    assert "Traceback" not in err
+
+
+def test_bf16_trains_to_nearly_the_same_loss(tmp_path):
+    for precision in ("fp32", "bf16"):
+        fit(tmp_path / precision, "--train-steps", 20, "--precision", precision)
+    a, b = (float(rows(tmp_path / name)[-1]["loss"]) for name in ("fp32", "bf16"))
+    assert a != b and math.isclose(a, b, rel_tol=0.05)
+
+
+def test_precision_follows_the_machine(monkeypatch):
+    cpu = torch.device("cpu")
+    assert machine.choose_precision("bf16", cpu) == "bf16"
+    for features, expected in (({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")):
+        monkeypatch.setattr(machine.torch.cpu, "get_capabilities", lambda features=features: features)
+        assert machine.choose_precision("auto", cpu) == expected
+
+
+def test_a_compiled_run_learns_what_an_eager_one_does(tmp_path, capsys):
+    for compile in ("on", "off"):
+        fit(tmp_path / compile, "--train-steps", 20, "--compile", compile)
+    if "compiling failed" in capsys.readouterr().out:
+        pytest.skip("torch.compile finds no working compiler on this machine")
+    a, b = (float(rows(tmp_path / name)[-1]["loss"]) for name in ("on", "off"))
+    assert math.isclose(a, b, rel_tol=1e-3)
+
+
+def test_where_no_compiler_works_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    def broken(model):
+        def network(*_):
+            raise RuntimeError("no C++ compiler")
+
+        return network
+
+    monkeypatch.setattr(machine.torch, "compile", broken)
+    fit(tmp_path / "on", "--train-steps", 10, "--compile", "on")
+    assert "compiling failed (RuntimeError)" in capsys.readouterr().out
+    fit(tmp_path / "off", "--train-steps", 10, "--compile", "off")
+    a, b = (load_file(tmp_path / name / "checkpoint.pth") for name in ("on", "off"))
+    assert_same(a["model"], b["model"])
+
+
+def test_the_classic_preset_trains(tmp_path):
+    settings = dict(dataset="blobs", train_steps=3, batch_size=4, sample_steps=2, out_dir=str(tmp_path))
+    assert train.train(preset("classic", **settings)) == tmp_path
+    assert load_model(tmp_path / "model.pth")[1].loss == "l1"
