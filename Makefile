@@ -1,0 +1,29 @@
+# `make demo` and `make test` set up all that they need in .venv on a machine that has Python (3.10 or newer) and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+.PHONY: demo test test-long notebooks
+
+demo: $(VENV)/ready
+	$(VENV)/bin/python inference.py
+
+test: $(VENV)/ready-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m pytest
+
+test-long: $(VENV)/ready-dev
+	$(VENV)/bin/python -m pytest -m long -s
+
+notebooks: $(VENV)/ready
+	$(VENV)/bin/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@

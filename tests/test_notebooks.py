@@ -1,0 +1,34 @@
+"""Every notebook runs from top to bottom with its "parameters" cell made small, and is committed as it ran in full."""
+
+import nbformat
+import pytest
+from conftest import ROOT
+from nbconvert.preprocessors import ExecutePreprocessor
+
+SMALL = {
+    "diffusion": dict(DATASET="glyphs"),
+    "train": dict(DATASET="glyphs", TRAIN_STEPS=60),
+    "inference": dict(SAMPLE_STEPS=4),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_runs_with_few_steps(name, glyphs_dir, monkeypatch):
+    monkeypatch.setenv("DATA_DIR", str(glyphs_dir))
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    for key, value in SMALL[name].items():
+        assert f"{key} = " in parameters.source
+        parameters.source += f"\n{key} = {value!r}"
+    ExecutePreprocessor(timeout=120).preprocess(notebook, {"metadata": {"path": ROOT / "notebooks"}})
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_is_committed_as_it_ran(name):
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not any(output.output_type == "error" for output in outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+    assert "xercises" in notebook.cells[-1].source
