@@ -18,6 +18,10 @@ class UserError(ValueError):
     """A mistake that the user can mend: the message says what, which value, and what to do."""
 
 
+class NotAvailable(UserError):
+    """A dataset that is neither on disk nor to be downloaded."""
+
+
 def option(default: Any, help: str, type: Callable = str, choices: tuple = ()) -> Any:
     """A field of Config: its default, its meaning, how a flag's text is read, and the values it may take."""
     return dataclasses.field(default=default, metadata={"help": help, "type": type, "choices": choices})

@@ -170,5 +170,5 @@ class Diffusion:
         acp, acp_next = self.alphas_at(t, t_next)
         noise = (x - acp.sqrt() * x0) / (1 - acp).sqrt()
         sigma = eta * ((1 - acp_next) / (1 - acp) * (1 - acp / acp_next)).sqrt()
-        x = acp_next.sqrt() * x0 + (1 - acp_next - sigma**2).sqrt() * noise
+        x = acp_next.sqrt() * x0 + (1 - acp_next - sigma**2).clamp(min=0).sqrt() * noise  # rounding may fall below 0
         return x if z is None else x + sigma * z

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset import MNIST_FILES, load_dataset, normalize
+from dataset import load_dataset, normalize
 from dit import DiT
+from mnist import MNIST_FILES
 
 ROOT = Path(__file__).parent.parent
 

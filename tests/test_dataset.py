@@ -10,10 +10,12 @@ import torch
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
 
-import dataset
-from config import UserError
-from dataset import DATASETS, MNIST_FILES, NotAvailable, denormalize, load_dataset, normalize
+import glyphs
+import mnist
+from config import NotAvailable, UserError
+from dataset import DATASETS, denormalize, load_dataset, normalize
 from glyphs import draw_glyphs
+from mnist import MNIST_FILES
 
 
 def test_glyphs_are_drawn_in_time_alike_for_a_seed_and_cached(tmp_path, monkeypatch):
@@ -24,7 +26,7 @@ def test_glyphs_are_drawn_in_time_alike_for_a_seed_and_cached(tmp_path, monkeypa
     assert train.images.dtype == torch.uint8 and train.labels.dtype == torch.int64
     assert torch.equal(draw_glyphs(60_000, seed=0)[0], train.images)
     assert not torch.equal(draw_glyphs(10_000, seed=0)[0], test.images)
-    monkeypatch.setattr(dataset, "draw_glyphs", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(glyphs, "draw_glyphs", lambda *_: pytest.fail("drawn again"))
     again = load_dataset("glyphs", str(tmp_path))
     assert torch.equal(again.images, train.images) and torch.equal(again.labels, train.labels)
 
@@ -90,15 +92,15 @@ def test_auto_falls_back_loudly_and_soon(tmp_path, silent_server, capsys):
 
 
 def test_a_name_server_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset.urllib.request, "urlopen", lambda *_, **__: time.sleep(60))
-    monkeypatch.setattr(dataset, "download_mnist", functools.partial(dataset.download_mnist, timeout=1))
+    monkeypatch.setattr(mnist.urllib.request, "urlopen", lambda *_, **__: time.sleep(60))
+    monkeypatch.setattr(mnist, "download_mnist", functools.partial(mnist.download_mnist, timeout=1))
     start = time.perf_counter()
     assert load_dataset("auto", str(tmp_path)).name == "glyphs"
     assert time.perf_counter() - start < 10
 
 
 def test_mnist_asked_for_by_name_never_falls_back(tmp_path, silent_server, monkeypatch):
-    monkeypatch.setattr(dataset, "download_mnist", functools.partial(dataset.download_mnist, timeout=1))
+    monkeypatch.setattr(mnist, "download_mnist", functools.partial(mnist.download_mnist, timeout=1))
     with pytest.raises(NotAvailable, match="--data-dir"):
         load_dataset("mnist", str(tmp_path))
 
@@ -115,7 +117,7 @@ def test_mnist_is_downloaded_where_it_is_not(tmp_path, monkeypatch, mnist_dir):
     resources = []
     for name in MNIST_FILES:
         packed = tmp_path / f"{name}.gz"
-        packed.write_bytes(gzip.compress((dataset.Path(mnist_dir) / "MNIST" / "raw" / name).read_bytes(), 1))
+        packed.write_bytes(gzip.compress((mnist.Path(mnist_dir) / "MNIST" / "raw" / name).read_bytes(), 1))
         resources.append((packed.name, calculate_md5(packed)))
     monkeypatch.setattr(MNIST, "resources", resources)
     server = serve(tmp_path, monkeypatch)

@@ -6,9 +6,11 @@ from conftest import ROOT
 from nbconvert.preprocessors import ExecutePreprocessor
 
 SMALL = {
-    "diffusion": dict(DATASET="glyphs"),
-    "train": dict(DATASET="glyphs", TRAIN_STEPS=60),
-    "inference": dict(SAMPLE_STEPS=4),
+    "diffusion": dict(DATASET="glyphs", LEVELS=[0, 500, 999], NUM_CHAINS=2, NUM_IMAGES=4, NUM_TIMESTEPS=3),
+    "train": dict(DATASET="glyphs", TRAIN_STEPS=6, SAMPLE_EVERY=3, LOG_EVERY=2, BATCH_SIZE=8, SAMPLE_STEPS=2)
+    | dict(HIDDEN_SIZE=16, DEPTH=1, NUM_IMAGES=4, NUM_TIMESTEPS=3, NUM_ROWS=1),
+    "inference": dict(SAMPLE_STEPS=2, STEP_COUNTS=[1, 2], CFG_SCALES=[0, 1, 2], ETAS=[0.0, 1.0])
+    | dict(NUM_NOISES=2, NUM_IMAGES=4, COLUMNS=3),
 }
 
 
