@@ -88,6 +88,9 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         compile=choose_compile(config.compile, config.train_steps),
     )
 
+    # Sums in a fixed order: compiled code would add up the label embedding's gradient as the threads come.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a slow safeguard of no use here
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)

@@ -253,11 +253,12 @@ def test_precision_follows_the_machine(monkeypatch):
         assert machine.choose_precision("auto", cpu) == expected
 
 
-def test_a_compiled_run_learns_what_an_eager_one_does(tmp_path, capsys):
-    for compile in ("on", "off"):
-        fit(tmp_path / compile, "--train-steps", 20, "--compile", compile)
+def test_a_compiled_run_is_repeatable_and_learns_what_an_eager_one_does(tmp_path, capsys):
+    for name, compile in (("on", "on"), ("again", "on"), ("off", "off")):
+        fit(tmp_path / name, "--train-steps", 40, "--batch-size", 256, "--compile", compile)
     if "compiling failed" in capsys.readouterr().out:
         pytest.skip("torch.compile finds no working compiler on this machine")
+    assert (tmp_path / "on" / "model.pth").read_bytes() == (tmp_path / "again" / "model.pth").read_bytes()
     a, b = (float(rows(tmp_path / name)[-1]["loss"]) for name in ("on", "off"))
     assert math.isclose(a, b, rel_tol=1e-3)
 
