@@ -40,14 +40,14 @@ def save_strip(frames: list[Tensor], labels: list[int], path: str | Path, column
     picture = mosaic(rows, len(chosen))
     figure = Figure(figsize=(0.6 * len(chosen) + 0.6, 0.6 * len(labels) + 0.6), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(picture)
+    axes.imshow(picture, interpolation="nearest")
     pitch = frames[0].shape[-1] + 1  # an image and its border
     axes.set_xticks([pitch * (i + 0.5) for i in range(len(chosen))], chosen)
     axes.set_yticks([pitch * (i + 0.5) for i in range(len(labels))], labels)
     axes.set(xlabel="denoising steps taken", ylabel="label")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
 
 
 def save_gif(frames: list[Tensor], path: str | Path) -> None:
