@@ -18,6 +18,7 @@ from torch import Tensor
 from config import Config, UserError
 from diffusion import Diffusion
 from dit import DiT
+from flow_matching import FlowMatching
 
 
 def save_file(content: Any, path: str | Path) -> None:
@@ -46,7 +47,7 @@ def load_file(path: str | Path) -> Any:
         UserError: if the file is missing, damaged, not one of torch's, or holds more than plain data.
     """
     if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist; name a file of weights, such as runs/digits/model.pth")
     try:
         with warnings.catch_warnings(action="ignore"):  # of a foreign file's format: the error below says it all
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -72,8 +73,10 @@ def build_model(config: Config) -> DiT:
     )
 
 
-def build_process(config: Config) -> Diffusion:
+def build_process(config: Config) -> Diffusion | FlowMatching:
     """The process that a config names, with its own options."""
+    if config.process == "flow_matching":
+        return FlowMatching(config.time_sampling)
     return Diffusion(schedule=config.schedule, prediction=config.prediction, loss=config.loss)
 
 
@@ -89,8 +92,13 @@ def denoise(model: DiT, config: Config, y: Tensor, generator: torch.Generator) -
         sampler=config.sampler,
         cfg_scale=config.cfg_scale,
         generator=generator,
-        eta=config.eta,
+        **({"eta": config.eta} if config.process == "diffusion" else {}),
     )
+
+
+def network_evaluations(config: Config) -> int:
+    """Forward passes for one image: two a step of heun, and twice as many with guidance."""
+    return config.sample_steps * (2 if config.sampler == "heun" else 1) * (1 if config.cfg_scale == 1 else 2)
 
 
 def read_config(values: Any, path: str | Path) -> Config:

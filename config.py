@@ -27,7 +27,9 @@ def option(default: Any, help: str, type: Callable = str, choices: tuple = ()) -
     return dataclasses.field(default=default, metadata={"help": help, "type": type, "choices": choices})
 
 
-SAMPLERS = {"diffusion": ("ddpm", "ddim")}
+# What each process samples with, and the options that only it has.
+SAMPLERS = {"diffusion": ("ddpm", "ddim", "dpm++"), "flow_matching": ("euler", "heun")}
+OPTIONS = {"diffusion": ("prediction", "schedule", "loss", "eta"), "flow_matching": ("time_sampling",)}
 
 PRESETS = {
     "digits": {},  # the defaults: digits in ten minutes on a laptop's CPU
@@ -66,13 +68,15 @@ class Config:
     prediction: str = option("v", "what the network predicts", choices=("noise", "x0", "v"))
     schedule: str = option("cosine", "noise schedule", choices=("linear", "cosine"))
     loss: str = option("mse", "distance between prediction and target", choices=("mse", "l1"))
+    time_sampling: str = option("logit_normal", "flow's t in training", choices=("logit_normal", "uniform"))
     # Training
     train_steps: int = option(7500, "optimizer steps", int)
     batch_size: int = option(64, "images a step", int)
-    learning_rate: float = option(3e-3, "peak learning rate of AdamW", float)
+    optimizer: str = option("adamw", "adamw; or muon for the blocks' matrices", choices=("adamw", "muon"))
+    learning_rate: float = option(3e-3, "peak learning rate", float)
     warmup_steps: int = option(200, "steps over which the learning rate rises from 0", int)
     lr_decay: str = option("cosine", "fall to 0 at the last step, or stay", choices=("cosine", "constant"))
-    weight_decay: float = option(0.01, "AdamW's decoupled weight decay", float)
+    weight_decay: float = option(0.01, "decoupled weight decay", float)
     grad_clip: float = option(1.0, "largest norm of the gradient", float)
     ema_decay: float = option(0.999, "share of itself that the average of the weights keeps each step", float)
     label_dropout: float = option(0.1, "share of labels replaced by the null class, for guidance", float)
@@ -86,7 +90,7 @@ class Config:
     sample_every: int = option(1000, "steps between sample grids", int)
     checkpoint_every: int = option(1000, "steps between checkpoints", int)
     # Sampling
-    sampler: str = option("ddim", "ddpm or ddim")
+    sampler: str = option("ddim", "ddpm, ddim or dpm++; euler or heun for flow_matching")
     sample_steps: int = option(50, "steps from noise to image", int)
     cfg_scale: float = option(2.0, "guidance scale; 1 is none, and half the work", float)
     eta: float = option(0.0, "ddim's share of fresh noise, 0 to 1", float)
@@ -149,7 +153,15 @@ def preset(name: str = "digits", **changes: Any) -> Config:
     """The Config of a preset, with changes of its fields."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
-    return Config(preset=name, **{**PRESETS[name], **changes})
+    settings = {**PRESETS[name], **changes}
+    process = settings.get("process", "diffusion")
+    for other, options in OPTIONS.items():
+        for option_name in options:
+            if other != process and option_name in settings:
+                raise UserError(f"{option_name} is an option of process {other}, not of {process}; leave it out")
+    if process == "flow_matching":
+        settings.setdefault("sampler", "heun")
+    return Config(preset=name, **settings)
 
 
 class Parser(argparse.ArgumentParser):
@@ -180,7 +192,9 @@ def run_script(main: Callable[[], None]) -> None:
     """Call a script's main(); a mistake of the user's is one line on stderr and exit status 1."""
     try:
         main()
-    except (UserError, OSError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'file'}: {error.strerror}; use a path that can be written, with room left")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -59,6 +59,8 @@ class Diffusion:
         num_timesteps: T.
     """
 
+    samplers = ("ddpm", "ddim", "dpm++")
+
     def __init__(
         self,
         schedule: str = "linear",
@@ -72,7 +74,6 @@ class Diffusion:
         self.clip_x0 = clip_x0
         self.num_timesteps = num_timesteps
         self.alphas_cumprod = SCHEDULES[schedule](num_timesteps).float()
-        self.samplers = {"ddpm": self.ddpm_step, "ddim": self.ddim_step}
 
     def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alphas_cumprod_t), sqrt(1 - alphas_cumprod_t): t (B,) -> two (B, 1, 1, 1)."""
@@ -134,7 +135,7 @@ class Diffusion:
         Args:
             y: labels (B,); model.num_classes means "any".
             steps: network calls, 1 to T.
-            sampler: "ddpm" (ancestral; Ho et al., 2020) or "ddim" (Song et al., 2021).
+            sampler: "ddpm" (ancestral; Ho et al., 2020), "ddim" (Song et al., 2021) or "dpm++" (Lu et al., 2022).
             cfg_scale: guidance, 1 for none.
             generator: source of the noise that ddpm adds, and ddim with eta.
             eta: ddim's share of that noise, 0 (none) to 1 (as much as ddpm).
@@ -145,19 +146,26 @@ class Diffusion:
         if sampler not in self.samplers:
             raise ValueError(f"sampler {sampler!r} is not one of {', '.join(self.samplers)}")
         timesteps = self.timesteps(steps)
-        x = noise
+        x, last = noise, None
         yield x
         for t, t_next in zip(timesteps, timesteps[1:] + [-1]):
             output = guided(model, x, torch.full((len(x),), t, device=x.device), y, cfg_scale)
+            x0 = self.predict_x0(output, x, t)
             z = torch.randn(x.shape, device=x.device, generator=generator) if sampler == "ddpm" or eta else None
-            x = self.samplers[sampler](x, self.predict_x0(output, x, t), t, t_next, z, eta)
+            if sampler == "ddpm":
+                x = self.ddpm_step(x, x0, t, t_next, z)
+            elif sampler == "ddim":
+                x = self.ddim_step(x, x0, t, t_next, z, eta)
+            else:
+                x = self.dpm_solver_step(x, x0, t, t_next, last)
+            last = (x0, t)
             yield x
 
     def alphas_at(self, t: int, t_next: int) -> tuple[Tensor, Tensor]:
         """alphas_cumprod at a step's two ends; past the last timestep (t_next = -1) nothing is noise: 1."""
         return self.alphas_cumprod[t], self.alphas_cumprod[t_next] if t_next >= 0 else torch.ones(())
 
-    def ddpm_step(self, x: Tensor, x0: Tensor, t: int, t_next: int, z: Tensor, eta: float) -> Tensor:
+    def ddpm_step(self, x: Tensor, x0: Tensor, t: int, t_next: int, z: Tensor) -> Tensor:
         """A draw from the posterior q(x_next | x_t, x_0) (Ho et al., eqs. 6 and 7), its own variance for noise."""
         acp, acp_next = self.alphas_at(t, t_next)
         alpha = acp / acp_next
@@ -172,3 +180,22 @@ class Diffusion:
         sigma = eta * ((1 - acp_next) / (1 - acp) * (1 - acp / acp_next)).sqrt()
         x = acp_next.sqrt() * x0 + (1 - acp_next - sigma**2).clamp(min=0).sqrt() * noise  # rounding may fall below 0
         return x if z is None else x + sigma * z
+
+    def dpm_solver_step(self, x: Tensor, x0: Tensor, t: int, t_next: int, last: tuple[Tensor, int] | None) -> Tensor:
+        """DPM-Solver++(2M) (Lu et al., 2022, algorithm 2): the step for an x_0 that moves in a straight line.
+
+        The line is drawn through this estimate of x_0 and the last one, in time lambda = log(signal / noise).
+        """
+        acp, acp_next = self.alphas_at(t, t_next)
+        if t_next < 0:
+            return x0
+
+        def log_signal_to_noise(alphas_cumprod: Tensor) -> Tensor:
+            return (alphas_cumprod.log() - (1 - alphas_cumprod).log()) / 2
+
+        h = log_signal_to_noise(acp_next) - log_signal_to_noise(acp)
+        if last is not None:
+            x0_last, t_last = last
+            h_last = log_signal_to_noise(acp) - log_signal_to_noise(self.alphas_cumprod[t_last])
+            x0 = x0 + (x0 - x0_last) * h / h_last / 2  # where the line is half way to t_next
+        return ((1 - acp_next) / (1 - acp)).sqrt() * x - acp_next.sqrt() * torch.expm1(-h) * x0

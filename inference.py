@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from checkpoint import denoise, load_model
+from checkpoint import denoise, load_model, network_evaluations
 from config import Parser, UserError, run_script
 from dataset import denormalize
 from machine import choose_device
@@ -135,10 +135,9 @@ def main(argv: list[str] | None = None) -> None:
         Image.fromarray(mosaic(images, round(num_samples**0.5))).save(output)
     elif output:
         save_strip(frames, labels, output)
-    evaluations = config.sample_steps * (1 if config.cfg_scale == 1 else 2)
     print(
         f"{count} images by {config.sample_steps} steps of {config.sampler}, guidance {config.cfg_scale}: "
-        f"{evaluations} network evaluations an image, {seconds:.1f} s on {device}"
+        f"{network_evaluations(config)} network evaluations an image, {seconds:.1f} s on {device}"
     )
     print("written: " + ", ".join(path for path in (output, gif, npz) if path))
 

@@ -29,8 +29,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         gains = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        gains = features.get("avx512_bf16") or features.get("amx_bf16")
+        gains = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return "bf16" if gains else "fp32"
 
 

@@ -48,6 +48,21 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
             average.lerp_(parameter, 1 - decay)
 
 
+def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+    """AdamW; or Muon (Jordan et al., 2024) for the blocks' matrices, AdamW for the rest.
+
+    Muon makes all singular values of an update equal; match_rms_adamw scales it to the size of one of AdamW's, so
+    that both take the same learning rate (Liu et al., 2025).
+    """
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if config.optimizer == "muon" else []
+    rest = [p for p in model.parameters() if p.requires_grad and p not in set(matrices)]
+    optimizers = [torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)]
+    if matrices:
+        settings = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(matrices, **settings))
+    return optimizers
+
+
 def draw_batch(images: Tensor, labels: Tensor, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A random batch: x0 (B, C, H, W) in [-1, 1] and y (B,), some of whose labels are dropped for guidance."""
     shape = (config.batch_size,)
@@ -95,19 +110,20 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     model = build_model(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     process = build_process(config)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+    optimizers = build_optimizers(model, config)
     generator = torch.Generator(device)
     step, rows, loss_sum, loss_count = 0, [], 0.0, 0  # the sum and count are of the losses since the last row
     if state:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         step, rows, loss_sum, loss_count = state["progress"]
 
     def save_checkpoint() -> None:
         content = {"config": vars(config), "model": model.state_dict(), "ema": ema.state_dict()}
-        content |= {"optimizer": optimizer.state_dict(), "progress": [step, rows, loss_sum, loss_count]}
+        content |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        content |= {"progress": [step, rows, loss_sum, loss_count]}
         save_file(content, out_dir / "checkpoint.pth")
         save_file({"model": ema.state_dict(), "config": model_config(config)}, out_dir / "model.pth")
 
@@ -140,19 +156,21 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         while step < config.train_steps and not signals:
             generator.manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # runs of other seeds start far away
             learning_rate = learning_rate_at(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
 
             loss = loss_of(network)
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(trained, config.grad_clip)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             if not math.isfinite(loss.item() + norm.item()):
                 raise UserError(
                     f"the loss is {loss.item()} and its gradient's norm {norm.item()} at step {step + 1}; "
                     f"{out_dir / 'checkpoint.pth'} is the last good one; try a smaller --learning-rate"
                 )
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             update_ema(ema, model, ema_decay_at(step, config))
 
             step, loss_sum, loss_count = step + 1, loss_sum + loss.item(), loss_count + 1
@@ -192,7 +210,7 @@ def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     if not path.exists():
         raise UserError(f"nothing to resume: {path} does not exist; leave out --resume, or name the run's --out-dir")
     state = load_file(path)
-    if not isinstance(state, dict) or state.keys() != {"config", "model", "ema", "optimizer", "progress"}:
+    if not isinstance(state, dict) or state.keys() != {"config", "model", "ema", "optimizers", "progress"}:
         raise UserError(f"{path} is not a checkpoint of train.py")
     config = read_config(state["config"], path)
     free = FREE_ON_RESUME + (("train_steps",) if config.lr_decay == "constant" else ())

@@ -19,7 +19,7 @@ from config import PRESETS, Config, Parser, UserError, preset, run_script
         (dict(ema_decay=1.0), "ema_decay is 1.0"),
         (dict(sample_steps=0), "sample_steps is 0; it must be at least 1"),
         (dict(sample_steps=1001), "sample_steps is 1001; it must be at most 1000"),
-        (dict(sampler="heun"), "sampler 'heun' is not one of process diffusion's: ddpm, ddim"),
+        (dict(sampler="heun"), "sampler 'heun' is not one of process diffusion's: ddpm, ddim, dpm++"),
         (dict(sampler="ddpm", eta=0.5), "eta 0.5 is an option of sampler ddim"),
         (dict(schedule="sigmoid"), "schedule 'sigmoid' is not one of linear, cosine"),
         (dict(depth="4"), "depth '4' is not of type int"),
@@ -73,9 +73,12 @@ def test_run_script_turns_mistakes_into_one_line_and_lets_bugs_through():
     def fail(error):
         raise error
 
-    for error in (UserError("no"), PermissionError("no")):
+    for error, words in (
+        (UserError("no"), "error: no"),
+        (PermissionError(13, "Permission denied", "a/b"), "error: a/b: Permission denied; use a path"),
+    ):
         with pytest.raises(SystemExit) as exit:
             run_script(lambda error=error: fail(error))
-        assert exit.value.code == "error: no"
+        assert exit.value.code.startswith(words)
     with pytest.raises(KeyError):
         run_script(lambda: fail(KeyError("a bug")))

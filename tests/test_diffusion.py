@@ -1,11 +1,12 @@
 import pytest
 import torch
 from conftest import random_dit
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 import config
 from diffusion import LOSSES, PREDICTIONS, SCHEDULES, Diffusion, guided
 from dit import DiT
+from flow_matching import TIME_SAMPLINGS, FlowMatching
 
 
 class Oracle(torch.nn.Module):
@@ -55,6 +56,34 @@ def test_every_step_equals_diffusers(sampler, eta, prediction, schedule, steps):
         output = Oracle()(x, torch.full((2,), int(t)), y)
         x_theirs = theirs.step(output, t, x, generator=generator, **options).prev_sample
         assert (x_ours - x_theirs).abs().max() <= 1e-5
+        x = x_ours
+
+
+@pytest.mark.parametrize("steps", [5, 10, 20, 50])
+@pytest.mark.parametrize(
+    "schedule, prediction, tolerance",
+    [("linear", "v", 1e-5), ("cosine", "v", 1e-5), ("linear", "noise", 1e-5), ("cosine", "noise", 1e-4)],
+)
+def test_dpm_solver_equals_diffusers(schedule, prediction, tolerance, steps):
+    process = Diffusion(schedule, prediction)
+    theirs = DPMSolverMultistepScheduler(
+        prediction_type={"noise": "epsilon", "v": "v_prediction"}[prediction],
+        solver_order=2,
+        solver_type="midpoint",
+        final_sigmas_type="zero",
+        timestep_spacing="trailing",
+        thresholding=True,
+    )
+    theirs.alphas_cumprod = process.alphas_cumprod
+    theirs.set_timesteps(steps)
+    assert process.timesteps(steps) == theirs.timesteps.tolist()
+    y = torch.tensor([1, 4])
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    ours = process.sample(Oracle(), x, y, steps=steps, sampler="dpm++")
+    next(ours)
+    for t, x_ours in zip(theirs.timesteps, ours, strict=True):
+        x_theirs = theirs.step(Oracle()(x, torch.full((2,), int(t)), y), t, x).prev_sample
+        assert (x_ours - x_theirs).abs().max() <= tolerance
         x = x_ours
 
 
@@ -154,6 +183,7 @@ def test_config_names_what_the_process_has():
     assert set(fields["schedule"]) == set(SCHEDULES)
     assert set(fields["prediction"]) == set(PREDICTIONS)
     assert set(fields["loss"]) == set(LOSSES)
-    assert set(config.SAMPLERS["diffusion"]) == set(Diffusion().samplers)
-    with pytest.raises(ValueError, match="'heun' is not one of ddpm, ddim"):
+    assert fields["time_sampling"] == TIME_SAMPLINGS
+    assert config.SAMPLERS == {"diffusion": Diffusion.samplers, "flow_matching": FlowMatching.samplers}
+    with pytest.raises(ValueError, match="'heun' is not one of ddpm, ddim, dpm"):
         list(Diffusion().sample(Oracle(), torch.zeros(1, 1, 8, 8), torch.tensor([0]), sampler="heun"))

@@ -13,7 +13,8 @@ import machine
 import train
 from checkpoint import denoise, load_file, load_model
 from config import Config, UserError, preset
-from train import draw_batch, ema_decay_at, learning_rate_at, update_ema
+from dit import DiT
+from train import build_optimizers, draw_batch, ema_decay_at, learning_rate_at, update_ema
 
 TINY = ["--dataset", "blobs", "--hidden-size", 32, "--depth", 1, "--num-heads", 2, "--batch-size", 8]
 TINY += ["--log-every", 5, "--warmup-steps", 5, "--sample-steps", 3]
@@ -110,6 +111,19 @@ def test_ema_equals_its_closed_form():
     assert ema_decay_at(0, config) == 0.1 and ema_decay_at(10_000, config) == 0.99
 
 
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
+    model = DiT(8, 4, hidden_size=32, depth=2, num_heads=2)
+    (adamw,) = build_optimizers(model, Config())
+    assert len(adamw.param_groups[0]["params"]) == sum(p.requires_grad for p in model.parameters())
+    adamw, muon = build_optimizers(model, Config(optimizer="muon"))
+    names = {p: name for name, p in model.named_parameters()}
+    blocks = {names[p].split(".", 2)[2] for p in muon.param_groups[0]["params"]}
+    assert blocks == {f"{m}.weight" for m in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")}
+    rest = {names[p] for p in adamw.param_groups[0]["params"]}
+    assert len(rest) + len(muon.param_groups[0]["params"]) == sum(p.requires_grad for p in model.parameters())
+    assert {"final_layer.linear.weight", "x_embedder.proj.weight", "blocks.0.attn.qkv.bias"} <= rest
+
+
 def test_learning_rate_warms_up_and_decays():
     config = Config(train_steps=1000, warmup_steps=100, learning_rate=0.01)
     rates = [learning_rate_at(step, config) for step in range(1000)]
@@ -129,8 +143,9 @@ def test_batches_are_of_the_data_with_some_labels_dropped():
     assert (y.bincount() > 900).all()
 
 
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
-    flags = ["--train-steps", 40, "--checkpoint-every", 7, "--sample-every", 10]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_ends_with_the_same_bits(optimizer, tmp_path, monkeypatch):
+    flags = ["--train-steps", 40, "--checkpoint-every", 7, "--sample-every", 10, "--optimizer", optimizer]
     fit(tmp_path / "whole", *flags)
     saved = []
 
@@ -147,7 +162,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     assert load_file(tmp_path / "cut" / "checkpoint.pth")["progress"][0] == 21
     train.main(["--resume", "--out-dir", str(tmp_path / "cut")])
     whole, cut = (load_file(tmp_path / name / "checkpoint.pth") for name in ("whole", "cut"))
-    for key in ("model", "ema", "optimizer"):
+    for key in ("model", "ema", "optimizers"):
         assert_same(whole[key], cut[key])
     assert without_time(tmp_path / "whole") == without_time(tmp_path / "cut")
     assert (tmp_path / "whole" / "model.pth").read_bytes() == (tmp_path / "cut" / "model.pth").read_bytes()
@@ -248,8 +263,9 @@ def test_bf16_trains_to_nearly_the_same_loss(tmp_path):
 def test_precision_follows_the_machine(monkeypatch):
     cpu = torch.device("cpu")
     assert machine.choose_precision("bf16", cpu) == "bf16"
-    for features, expected in (({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")):
-        monkeypatch.setattr(machine.torch.cpu, "get_capabilities", lambda features=features: features)
+    for avx512, amx, expected in ((False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=avx512: answer)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda answer=amx: answer)
         assert machine.choose_precision("auto", cpu) == expected
 
 

@@ -1,0 +1,113 @@
+import pytest
+import torch
+from conftest import random_dit
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+import train
+from checkpoint import load_model, network_evaluations
+from config import Config, UserError, preset
+from dit import DiT
+from flow_matching import FlowMatching
+
+
+class Oracle(torch.nn.Module):
+    """A stand-in network with an answer for every x and t, the same for ours and for diffusers."""
+
+    num_classes = 10
+
+    def forward(self, x, t, y):
+        return torch.sin(x * 2 + t.view(-1, 1, 1, 1) / 300) + 0.1 * y.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 10, 50])
+def test_every_euler_step_equals_diffusers(steps):
+    theirs = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+    theirs.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+    x, y = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 4])
+    ours = FlowMatching().sample(Oracle(), x, y, steps=steps, sampler="euler")
+    assert torch.equal(next(ours), x)
+    for t, x_ours in zip(theirs.timesteps, ours, strict=True):
+        x_theirs = theirs.step(Oracle()(x, t.repeat(2), y), t, x).prev_sample
+        assert (x_ours - x_theirs).abs().max() <= 1e-5
+        x = x_ours
+
+
+def test_heun_is_of_second_order_and_euler_of_first():
+    class Field(torch.nn.Module):
+        def forward(self, x, t, y):
+            return x * (t / 1000).view(-1, 1, 1, 1)  # dx/dt = x t: x_0 = x_1 exp(-1/2)
+
+    x, y = torch.ones(1, 1, 1, 1), torch.tensor([0])
+    exact = torch.tensor(-0.5).exp()
+
+    def error(sampler, steps):
+        *_, x0 = FlowMatching().sample(Field(), x, y, steps=steps, sampler=sampler)
+        return (x0 - exact).abs().item()
+
+    assert 1.8 < error("euler", 20) / error("euler", 40) < 2.2
+    assert 3.5 < error("heun", 20) / error("heun", 40) < 4.5
+    assert error("heun", 20) < error("euler", 20) / 20
+
+
+@pytest.mark.parametrize("time_sampling, quarter", [("uniform", 0.25), ("logit_normal", 0.136)])
+def test_t_is_drawn_as_said_and_the_network_sees_1000_t(time_sampling, quarter):
+    class Spy(torch.nn.Module):
+        def forward(self, x, t, y):
+            self.x, self.t = x, t
+            return torch.zeros_like(x)
+
+    spy, x0 = Spy(), torch.full((20_000, 1, 1, 1), 0.5)
+    loss = FlowMatching(time_sampling).loss(spy, x0, None, torch.Generator().manual_seed(0))
+    t = spy.t / 1000
+    assert 0 <= t.min() and t.max() <= 1
+    assert abs((t < 0.25).float().mean() - quarter) < 0.01  # P(sigmoid(N(0, 1)) < 1/4) = Phi(-ln 3) = 0.136
+    late, early = spy.x[t > 0.8].flatten(), spy.x[t < 0.2].flatten()
+    assert abs(early.mean() - 0.5 * (1 - t[t < 0.2].mean())) < 0.02 and late.std() > 0.7
+    assert abs(loss - 1.25) < 0.05  # the mean square of noise - x_0
+
+
+def test_loss_of_a_perfect_velocity_is_zero():
+    class Perfect(torch.nn.Module):
+        def forward(self, x, t, y):
+            return (x - 0.3) / (t / 1000).view(-1, 1, 1, 1)  # all data are 0.3: noise - x_0 = (x_t - x_0) / t
+
+    loss = FlowMatching().loss(Perfect(), torch.full((64, 1, 2, 2), 0.3), None, torch.Generator().manual_seed(0))
+    assert loss < 1e-6
+
+
+def test_guidance_and_bad_settings():
+    model, x, y = random_dit(), torch.randn(2, 1, 28, 28), torch.tensor([1, 2])
+    assert isinstance(model, DiT)
+    process = FlowMatching()
+    *_, plain = process.sample(model, x, y, steps=2)
+    *_, guided = process.sample(model, x, y, steps=2, cfg_scale=3.0)
+    assert not torch.allclose(plain, guided)
+    with pytest.raises(ValueError, match="'ddim' is not one of euler, heun"):
+        list(process.sample(model, x, y, sampler="ddim"))
+    with pytest.raises(ValueError, match="0 is not at least 1"):
+        list(process.sample(model, x, y, steps=0))
+
+
+def test_options_of_the_other_process_are_refused():
+    assert preset("digits", process="flow_matching").sampler == "heun"
+    with pytest.raises(UserError, match="prediction is an option of process diffusion, not of flow_matching"):
+        preset("digits", process="flow_matching", prediction="noise")
+    with pytest.raises(UserError, match="time_sampling is an option of process flow_matching"):
+        preset("digits", time_sampling="uniform")
+    with pytest.raises(UserError, match="flow_matching's: euler, heun"):
+        preset("digits", process="flow_matching", sampler="ddim")
+
+
+def test_network_evaluations_are_counted():
+    config = Config(sample_steps=25, cfg_scale=1.0)
+    assert network_evaluations(config) == 25
+    assert network_evaluations(config.replace(cfg_scale=2.0)) == 50
+    heun = config.replace(process="flow_matching", sampler="heun")
+    assert network_evaluations(heun) == 50 and network_evaluations(heun.replace(cfg_scale=1.5)) == 100
+
+
+def test_a_flow_trains_and_samples_through_the_same_scripts(tmp_path, glyphs_dir):
+    flags = "--process flow_matching --dataset glyphs --hidden-size 32 --depth 1 --num-heads 2 --train-steps 3"
+    flags += f" --batch-size 8 --sample-steps 2 --data-dir {glyphs_dir} --out-dir {tmp_path}"
+    train.main(flags.split())
+    assert load_model(tmp_path / "model.pth")[1].process == "flow_matching"
