@@ -49,7 +49,8 @@ def load_file(path: str | Path) -> Any:
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist; name a file of weights, such as runs/digits/model.pth")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of a foreign file's format: the error below says it all
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign file's format: the error below says it all
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # random bytes can fail in any way inside the reader
         raise UserError(f"{path} is damaged or not a file of weights ({type(error).__name__})") from error
@@ -119,15 +120,19 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Di
     if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
         raise UserError(f'{path} is not a Pocket DiT model: it lacks "model" and "config"')
     config, state = read_config(content["config"], path), content["model"]
-    shapes = {k: tuple(v.shape) for k, v in state.items()} if isinstance(state, dict) else {}
-    if config.image_size is None or f"blocks.{config.depth - 1}.attn.qkv.weight" not in shapes:
-        raise UserError(f"{path}: its weights are not those of the depth {config.depth} that its config says")
-    with torch.device("meta"):  # sizes only, so that a lying config costs no memory
-        model = build_model(config)
-    for name, parameter in model.state_dict().items():
-        if shapes.pop(name, None) != tuple(parameter.shape):
-            raise UserError(f"{path}: {name} is not of the shape {tuple(parameter.shape)} that its config asks for")
-    if shapes:
-        raise UserError(f"{path}: {next(iter(shapes))} is no part of the model that its config describes")
-    model.to_empty(device=device).load_state_dict(state)
+    try:
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if f"blocks.{config.depth - 1}.attn.qkv.weight" not in shapes:
+            raise UserError(f"its weights are not those of the depth {config.depth} that its config says")
+        with torch.device("meta"):  # sizes only, so that a lying config costs no memory
+            model = build_model(config)
+        for name, parameter in model.state_dict().items():
+            if shapes.pop(name, None) != tuple(parameter.shape):
+                raise UserError(f"{name} is not of the shape {tuple(parameter.shape)} that its config asks for")
+        if shapes:
+            raise UserError(f"{next(iter(shapes))} is no part of the model that its config describes")
+        model.to_empty(device=device).load_state_dict(state)
+    except Exception as error:  # a file can lie in more ways than can be listed
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} holds no usable model: {reason}") from error
     return model.eval(), config

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -54,7 +55,7 @@ class Config:
     # Data
     preset: str = option("digits", "named settings that the other flags change", choices=tuple(PRESETS))
     dataset: str = option("auto", "auto (MNIST, or glyphs where it cannot be had), mnist or glyphs")
-    data_dir: str = option(os.environ.get("DATA_DIR", "data"), "folder of the data sets ($DATA_DIR, else data)")
+    data_dir: str = option(os.environ.get("DATA_DIR") or "data", "folder of the data sets ($DATA_DIR, else data)")
     image_size: int | None = option(None, "height and width in pixels; larger than the data's pads it", int)
     in_channels: int = option(1, "channels of an image; comes from the dataset", int)
     num_classes: int = option(10, "number of labels; comes from the dataset", int)
@@ -111,8 +112,9 @@ class Config:
         at_least_1 += " train_steps log_every sample_every checkpoint_every sample_steps"
         for name in at_least_1.split():
             self.require(name, getattr(self, name) >= 1, "at least 1")
-        for name in "warmup_steps weight_decay seed".split():
+        for name in "warmup_steps weight_decay".split():
             self.require(name, getattr(self, name) >= 0, "0 or more")
+        self.require("seed", 0 <= self.seed < 2**63, "0 or more, and less than 2**63")
         self.require("learning_rate", self.learning_rate > 0, "more than 0")
         self.require("grad_clip", self.grad_clip > 0, "more than 0")
         self.require("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and less than 1")
@@ -143,6 +145,11 @@ class Config:
         """Raise UserError naming the field and its value unless the rule holds."""
         if not holds:
             raise UserError(f"{name} is {getattr(self, name)}; it must be {rule}")
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run: out_dir, or runs/PRESET."""
+        return Path(self.out_dir or f"runs/{self.preset}")
 
     def replace(self, **changes: Any) -> "Config":
         """A copy with some fields changed, checked anew."""
@@ -195,6 +202,7 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: {error.filename or 'file'}: {error.strerror}; use a path that can be written, with room left")
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {where}{error.strerror or error}; check that the path exists, is yours and has room left")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -57,6 +57,9 @@ class Diffusion:
         loss: "mse" or "l1", between that output and its target.
         clip_x0: clip each estimate of x_0 to [-1, 1] while sampling; right for pixels, wrong for latents.
         num_timesteps: T.
+
+    Raises:
+        ValueError: for an unknown schedule, prediction or loss.
     """
 
     samplers = ("ddpm", "ddim", "dpm++")
@@ -69,6 +72,9 @@ class Diffusion:
         clip_x0: bool = True,
         num_timesteps: int = 1000,
     ):
+        for value, known in ((schedule, SCHEDULES), (prediction, PREDICTIONS), (loss, LOSSES)):
+            if value not in known:
+                raise ValueError(f"{value!r} is not one of {', '.join(known)}")
         self.prediction = prediction
         self.loss_function = LOSSES[loss]
         self.clip_x0 = clip_x0

@@ -25,11 +25,16 @@ class FlowMatching:
 
     Args:
         time_sampling: how training draws t: "logit_normal", sigmoid(N(0, 1)), or "uniform" in [0, 1).
+
+    Raises:
+        ValueError: for an unknown time_sampling.
     """
 
     samplers = ("euler", "heun")
 
     def __init__(self, time_sampling: str = "logit_normal"):
+        if time_sampling not in TIME_SAMPLINGS:
+            raise ValueError(f"{time_sampling!r} is not one of {', '.join(TIME_SAMPLINGS)}")
         self.time_sampling = time_sampling
 
     def loss(self, model: Callable, x0: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:

@@ -61,7 +61,7 @@ def save_gif(frames: list[Tensor], path: str | Path) -> None:
 def parse_labels(text: str, num_classes: int) -> list[int]:
     """[207, 360] from "207,360"; without a comma each character is a label, as in "0123"."""
     try:
-        labels = [int(label) for label in (text.split(",") if "," in text else text)]
+        labels = [int(label) for label in (text.removesuffix(",").split(",") if "," in text else text)]
     except ValueError:
         labels = []
     if not labels:
@@ -84,8 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("Turn noise into images with a trained DiT.")
     parser.add_argument("--checkpoint", default="model.pth", metavar="FILE", help="weights (default: model.pth)")
     parser.add_argument("--labels", metavar="LABELS", help="a digit a character, or numbers with commas (default: all)")
-    sampling = ("sampler", "sample_steps", "cfg_scale", "eta", "seed", "device")
-    parser.add_fields(*sampling, default="the checkpoint's")
+    parser.add_fields("sampler", "sample_steps", "cfg_scale", "eta", "seed", default="the checkpoint's")
+    parser.add_fields("device")
     parser.add_argument("--output", metavar="FILE", help="the picture (default: inference.png)")
     parser.add_argument("--gif", metavar="FILE", help="write an animation")
     parser.add_argument("--num-samples", type=int, metavar="INT", help="draw many, the labels in turn, as a grid")
@@ -109,6 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     model, config = load_model(given.pop("checkpoint"), device)
     text = given.pop("labels", None)
     labels = list(range(min(config.num_classes, 10))) if text is None else parse_labels(text, config.num_classes)
+    if num_samples is None and len(labels) > 100:
+        raise UserError(f"{len(labels)} labels are too many for one picture; draw them with --num-samples")
     config = config.replace(**given)
     generator = torch.Generator(device).manual_seed(config.seed)
 

@@ -4,6 +4,7 @@ import socket
 import tempfile
 import threading
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 from torch import Tensor
@@ -46,7 +47,7 @@ def download_mnist(folder: Path, timeout: float = 10.0) -> None:
             try:
                 urllib.request.urlopen(mirror + MNIST.resources[1][0], timeout=timeout / 2).close()
                 return reached.set()
-            except OSError:
+            except Exception:  # no answer, or one that is not of MNIST's server
                 continue
 
     # A thread, because a name server that does not answer heeds no timeout.
@@ -66,7 +67,11 @@ def download_mnist(folder: Path, timeout: float = 10.0) -> None:
             MNIST(temporary, download=True)
             for name in MNIST_FILES:
                 (Path(temporary) / "MNIST" / "raw" / name).replace(folder / name)
-    except (RuntimeError, OSError) as error:  # RuntimeError is torchvision's for a failed or falsified download
+    except (
+        RuntimeError,
+        OSError,
+        HTTPException,
+    ) as error:  # the first is torchvision's
         raise NotAvailable(f"MNIST cannot be downloaded ({error}); try again, or train on --dataset glyphs") from error
     finally:
         socket.setdefaulttimeout(patience)

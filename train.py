@@ -20,7 +20,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from checkpoint import build_model, build_process, denoise, load_file, model_config, read_config, save_file
-from config import Config, Parser, UserError, preset, run_script
+from config import OPTIONS, Config, Parser, UserError, preset, run_script
 from dataset import load_dataset, normalize
 from machine import choose_compile, choose_device, choose_precision, compile_network, deferred_signals
 
@@ -90,7 +90,11 @@ def save_loss_plot(path: Path, rows: list[str]) -> None:
 
 def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     """Train until config.train_steps, from scratch or on from a checkpoint's state; returns the run's folder."""
-    out_dir = Path(config.out_dir or f"runs/{config.preset}")
+    out_dir = config.run_dir
+    if not state and (out_dir / "checkpoint.pth").exists():
+        raise UserError(f"{out_dir}/checkpoint.pth is there already; go on with --resume, or give another --out-dir")
+    if out_dir.resolve() == Path(__file__).parent.resolve():
+        raise UserError(f"--out-dir {out_dir} is the program's own folder, with its model.pth; give another")
     device = choose_device(config.device)
     data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size)
     images, labels = data.images.to(device), data.labels.to(device)
@@ -112,18 +116,21 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     process = build_process(config)
     optimizers = build_optimizers(model, config)
     generator = torch.Generator(device)
-    step, rows, loss_sum, loss_count = 0, [], 0.0, 0  # the sum and count are of the losses since the last row
+    step, rows, loss_sum, loss_count, seconds = 0, [], 0.0, 0, 0.0  # sum, count and seconds are since the last row
     if state:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, rows, loss_sum, loss_count = state["progress"]
+        try:
+            model.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            step, rows, loss_sum, loss_count, seconds = state["progress"]
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{out_dir}/checkpoint.pth does not fit its config or the data {data.name}") from error
 
     def save_checkpoint() -> None:
         content = {"config": vars(config), "model": model.state_dict(), "ema": ema.state_dict()}
         content |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        content |= {"progress": [step, rows, loss_sum, loss_count]}
+        content |= {"progress": [step, rows, loss_sum, loss_count, seconds]}
         save_file(content, out_dir / "checkpoint.pth")
         save_file({"model": ema.state_dict(), "config": model_config(config)}, out_dir / "model.pth")
 
@@ -139,19 +146,18 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     print(f"device     {device}, {config.precision}, {torch.get_num_threads()} threads, compile {config.compile}")
     print(f"data       {data.name}: {len(images):,} images of {tuple(images.shape[1:])}, {config.num_classes} labels")
     print(f"model      {parameters:,} parameters: hidden {config.hidden_size}, depth {config.depth}")
-    print(f"process    {config.process}: {config.prediction} prediction, {config.schedule} schedule")
+    print(f"process    {config.process}: " + ", ".join(f"{k} {getattr(config, k)}" for k in OPTIONS[config.process]))
     print(f"steps      {step:,} of {config.train_steps:,} done, {config.batch_size} images each")
     print(f"files      {out_dir}/: checkpoint.pth, model.pth, loss.csv, loss.png, samples/", flush=True)
-    compiling = config.compile == "on" and step < config.train_steps
-    network = compile_network(model, loss_of) if compiling else model
-
     with (
         deferred_signals() as signals,
         open(out_dir / "loss.csv", "w") as csv,
         tqdm(total=config.train_steps, initial=step, unit="step", disable=step >= config.train_steps) as bar,
     ):
         csv.write("".join(line + "\n" for line in ["step,loss,learning_rate,images_per_second", *rows]))
-        seconds, first_step = 0.0, step
+        compiling = config.compile == "on" and step < config.train_steps
+        network = compile_network(model, loss_of) if compiling else model
+        first_step = step
         clock = start = time.perf_counter()
         while step < config.train_steps and not signals:
             generator.manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # runs of other seeds start far away
@@ -166,7 +172,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
             if not math.isfinite(loss.item() + norm.item()):
                 raise UserError(
                     f"the loss is {loss.item()} and its gradient's norm {norm.item()} at step {step + 1}; "
-                    f"{out_dir / 'checkpoint.pth'} is the last good one; try a smaller --learning-rate"
+                    f"{out_dir}/checkpoint.pth is the last good one; begin anew with a smaller --learning-rate"
                 )
             for optimizer in optimizers:
                 optimizer.step()
@@ -190,12 +196,13 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
             if step % config.sample_every == 0 and not done:
                 save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, device)
                 clock = time.perf_counter()
-            if step % config.checkpoint_every == 0 or done or signals:
+            if step % config.checkpoint_every == 0 or done:
                 save_checkpoint()
                 clock = time.perf_counter()
 
     save_loss_plot(out_dir / "loss.png", rows)
     if step < config.train_steps:
+        save_checkpoint()
         print(f"stopped at step {step:,}; to go on: python train.py --resume --out-dir {out_dir}")
         sys.exit(128 + signals[0])
     save_file({"model": ema.state_dict(), "config": model_config(config)}, out_dir / "model.pth")
@@ -206,7 +213,8 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
 
 def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     """The config and state of the checkpoint to go on from; UserError if it is not there or a flag contradicts it."""
-    path = Path(given.get("out_dir") or f"runs/{given.get('preset', 'digits')}") / "checkpoint.pth"
+    chosen = {name: given[name] for name in ("preset", "out_dir") if name in given}
+    path = Config(**chosen).run_dir / "checkpoint.pth"
     if not path.exists():
         raise UserError(f"nothing to resume: {path} does not exist; leave out --resume, or name the run's --out-dir")
     state = load_file(path)
@@ -230,11 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     if given.pop("resume", False):
         train(*resumed(given))
         return
-    config = preset(given.pop("preset", "digits"), **given)
-    path = Path(config.out_dir or f"runs/{config.preset}") / "checkpoint.pth"
-    if path.exists():
-        raise UserError(f"{path} is there already; go on with --resume, or give another --out-dir")
-    train(config)
+    train(preset(given.pop("preset", "digits"), **given))
 
 
 if __name__ == "__main__":

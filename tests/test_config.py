@@ -75,7 +75,7 @@ def test_run_script_turns_mistakes_into_one_line_and_lets_bugs_through():
 
     for error, words in (
         (UserError("no"), "error: no"),
-        (PermissionError(13, "Permission denied", "a/b"), "error: a/b: Permission denied; use a path"),
+        (PermissionError(13, "Permission denied", "a/b"), "error: a/b: Permission denied; check"),
     ):
         with pytest.raises(SystemExit) as exit:
             run_script(lambda error=error: fail(error))

@@ -185,5 +185,8 @@ def test_config_names_what_the_process_has():
     assert set(fields["loss"]) == set(LOSSES)
     assert fields["time_sampling"] == TIME_SAMPLINGS
     assert config.SAMPLERS == {"diffusion": Diffusion.samplers, "flow_matching": FlowMatching.samplers}
+    for wrong in (dict(schedule="sigmoid"), dict(prediction="epsilon"), dict(loss="huber")):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong.values()))!r} is not one of"):
+            Diffusion(**wrong)
     with pytest.raises(ValueError, match="'heun' is not one of ddpm, ddim, dpm"):
         list(Diffusion().sample(Oracle(), torch.zeros(1, 1, 8, 8), torch.tensor([0]), sampler="heun"))

@@ -6,7 +6,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import train
 from checkpoint import load_model, network_evaluations
 from config import Config, UserError, preset
-from dit import DiT
 from flow_matching import FlowMatching
 
 
@@ -77,7 +76,8 @@ def test_loss_of_a_perfect_velocity_is_zero():
 
 def test_guidance_and_bad_settings():
     model, x, y = random_dit(), torch.randn(2, 1, 28, 28), torch.tensor([1, 2])
-    assert isinstance(model, DiT)
+    with pytest.raises(ValueError, match="'uniformly' is not one of logit_normal, uniform"):
+        FlowMatching("uniformly")
     process = FlowMatching()
     *_, plain = process.sample(model, x, y, steps=2)
     *_, guided = process.sample(model, x, y, steps=2, cfg_scale=3.0)

@@ -25,7 +25,7 @@ def model_file(tmp_path_factory):
 
 
 def infer(model_file, *flags) -> None:
-    inference.main(["--checkpoint", str(model_file), *map(str, flags)])
+    inference.main(["--checkpoint", str(model_file), "--device", "cpu", *map(str, flags)])
 
 
 def test_strip(model_file, tmp_path, capsys):
@@ -73,7 +73,7 @@ def test_samples_are_those_of_the_process(model_file, tmp_path):
 
 def test_labels_are_parsed():
     assert parse_labels("0123", 10) == [0, 1, 2, 3]
-    assert parse_labels("207,360", 1000) == [207, 360]
+    assert parse_labels("207,360", 1000) == [207, 360] and parse_labels("207,", 1000) == [207]
     for text in ("", "a", "1,,2", "1.5,2"):
         with pytest.raises(UserError, match="labels"):
             parse_labels(text, 10)
@@ -95,7 +95,8 @@ def test_labels_are_parsed():
         (["--num-samples", "3", "--gif", "a.gif"], "leave out --num-samples"),
         (["--output", "strip.tiff"], "must end in .png"),
         (["--output", "/no/such/folder/strip.png"], "its folder does not exist"),
-        (["--device", "mps"], "device 'mps' is not there"),
+        (["--labels", "1" * 101], "101 labels are too many for one picture"),
+        (["--seed", "99999999999999999999"], "seed is 99999999999999999999"),
     ],
 )
 def test_bad_flags_are_refused(flags, message, model_file):

@@ -17,7 +17,7 @@ from dit import DiT
 from train import build_optimizers, draw_batch, ema_decay_at, learning_rate_at, update_ema
 
 TINY = ["--dataset", "blobs", "--hidden-size", 32, "--depth", 1, "--num-heads", 2, "--batch-size", 8]
-TINY += ["--log-every", 5, "--warmup-steps", 5, "--sample-steps", 3]
+TINY += ["--log-every", 5, "--warmup-steps", 5, "--sample-steps", 3, "--device", "cpu", "--precision", "fp32"]
 
 
 @pytest.fixture(autouse=True)
