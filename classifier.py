@@ -1,0 +1,107 @@
+"""The judge: a small convolutional classifier, whose reading of a digit and whose features `evaluate.py` uses.
+
+It learns from the first 50,000 training images alone; it never sees the last 10,000, the test set, or anything
+generated. MNIST's ships as classifier.pth, so that two people's figures compare; without that file, and for any
+other dataset, `python evaluate.py` trains one first (a few minutes on two cores).
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from checkpoint import load_file, save_file
+from config import UserError
+from dataset import normalize
+
+HELD_OUT = 10_000  # the last training images: the "real" column of the evaluation
+FEATURES = 128
+SHIPPED = Path(__file__).with_name("classifier.pth")
+
+
+class Classifier(nn.Module):
+    """Four convolutions and two linear layers: x (B, C, H, W) in [-1, 1] -> features (B, 128) and logits (B, K)."""
+
+    def __init__(self, in_channels: int, num_classes: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for c_in, c_out, pool in ((in_channels, 24, False), (24, 24, True), (24, 48, False), (48, 48, True)):
+            layers += [nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if pool else []
+        self.convolutions = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3))
+        self.hidden = nn.Linear(48 * 16, FEATURES)
+        self.head = nn.Linear(FEATURES, num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = F.relu(self.hidden(self.convolutions(x)))
+        return features, self.head(features)
+
+    @torch.no_grad()
+    def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, 128) and logits (N, K) of any number of images, in batches."""
+        features, logits = zip(*(self(part) for part in x.split(1000)))
+        return torch.cat(features), torch.cat(logits)
+
+
+def random_affine(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image turned, stretched and shifted a little, as another hand might have written it."""
+    B = len(x)
+
+    def uniform(size: float, *shape: int) -> Tensor:
+        return ((torch.rand(B, *shape, generator=generator) * 2 - 1) * size).to(x.device)
+
+    matrix = torch.eye(2, device=x.device) + uniform(0.15, 2, 2)
+    affine = torch.cat([matrix, uniform(0.15, 2, 1)], dim=2)
+    return F.grid_sample(x + 1, F.affine_grid(affine, list(x.shape), align_corners=False), align_corners=False) - 1
+
+
+def train_classifier(images: Tensor, labels: Tensor, epochs: int = 10, seed: int = 0) -> Classifier:
+    """Train on uint8 images (N, C, H, W) and their labels (N,), leaving out the last 10,000."""
+    images, labels = images[:-HELD_OUT], labels[:-HELD_OUT]
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = Classifier(images.shape[1], int(labels.max()) + 1)
+    batch_size = 250
+    steps = epochs * (len(images) // batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
+    with tqdm(total=steps, unit="step", desc="classifier") as bar:
+        for _ in range(epochs):
+            order = torch.randperm(len(images), generator=generator)
+            for index in order.split(batch_size)[: len(images) // batch_size]:
+                _, logits = model(random_affine(normalize(images[index]), generator))
+                loss = F.cross_entropy(logits, labels[index])
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                bar.update()
+    return model.eval()
+
+
+def load_classifier(path: str | Path) -> Classifier:
+    """A classifier from its file, in evaluation mode; UserError if the file holds none."""
+    state = load_file(path)
+    try:
+        in_channels = state["convolutions.0.weight"].shape[1]
+        model = Classifier(in_channels, len(state["head.bias"]))
+        model.load_state_dict(state)
+    except Exception as error:
+        raise UserError(f"{path} holds no classifier; delete it to have one trained") from error
+    return model.eval()
+
+
+def judge_of(dataset: str, data_dir: str, images: Tensor, labels: Tensor) -> Classifier:
+    """The classifier of a dataset: shipped for MNIST, else trained the first time and kept in data_dir."""
+    path = SHIPPED if dataset == "mnist" else Path(data_dir) / dataset / "classifier.pth"
+    if not path.exists():
+        if len(images) < 2 * HELD_OUT:
+            raise UserError(f"{dataset} has {len(images)} training images; a judge needs {2 * HELD_OUT} or more")
+        print(f"training a classifier of {dataset}, to be kept as {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({}, path.with_suffix(".try"))  # better to fail now than after minutes of training
+        path.with_suffix(".try").unlink()
+        save_file(train_classifier(images, labels).state_dict(), path)
+    return load_classifier(path)

@@ -1,0 +1,179 @@
+"""How good are the digits? `python evaluate.py` prints a table for a checkpoint or an .npz, beside real digits.
+
+Every figure compares a set of images with the test set, by a classifier that has seen neither (classifier.py):
+
+    accuracy         share of images that it reads as the label asked for
+    FD               Frechet distance between Gaussians fitted to its features (Heusel et al., 2017, eq. 6)
+    IS               Inception Score over its classes (Salimans et al., 2016): sharp and various, 1 to 10
+    precision        share of the images that lie among the test images; recall, the other way round
+                     (Kynkaanniemi et al., 2019: among = within the distance to some image's third neighbour)
+    nearest          mean Euclidean distance to the nearest of the first 50,000 training images, pixels in [-1, 1];
+                     memorised images would be near
+
+The "real" column is the same for as many of the last 10,000 training digits: what a perfect model would get.
+"""
+
+import json
+import math
+import statistics
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import denoise, load_model, network_evaluations
+from classifier import HELD_OUT, Classifier, judge_of
+from config import Config, Parser, UserError, run_script
+from dataset import denormalize, load_dataset, normalize
+from dit import DiT
+from inference import BATCH_SIZE
+from machine import choose_device
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, D) and (M, D), in float64."""
+    a, b = a.double(), b.double()
+    gap, cov_a, cov_b = a.mean(0) - b.mean(0), a.T.cov(), b.T.cov()
+    # tr (C_a C_b)^(1/2) is the sum of the square roots of the eigenvalues of C_a C_b, real and not negative.
+    eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)
+    return (gap.square().sum() + cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()).item()
+
+
+def inception_score(logits: Tensor) -> float:
+    """exp of the mean KL(p(y|x) || p(y)) of logits (N, K): 1 ... K."""
+    log_p = logits.double().log_softmax(1)
+    log_marginal = log_p.logsumexp(0) - math.log(len(log_p))
+    return (log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp().item()
+
+
+def kth_neighbour(features: Tensor, k: int = 3) -> Tensor:
+    """Distance of each of features (N, D) to its k-th nearest neighbour among the others -> (N,)."""
+    return torch.cat([torch.cdist(part, features).kthvalue(k + 1, dim=1).values for part in features.split(1000)])
+
+
+def share_within(points: Tensor, among: Tensor, radii: Tensor) -> float:
+    """The share of points (N, D) that lie within some ball around `among` (M, D) with its radius (M,)."""
+    inside = [(torch.cdist(part, among) <= radii).any(1) for part in points.split(1000)]
+    return torch.cat(inside).float().mean().item()
+
+
+def nearest_distance(images: Tensor, training: Tensor) -> float:
+    """Mean over images (N, D) of the Euclidean distance to the nearest of training (M, D)."""
+    nearest = [torch.cdist(part, training).amin(1) for part in images.split(500)]
+    return torch.cat(nearest).mean().item()
+
+
+def measure(images: Tensor, labels: Tensor, judge: Classifier, reference: dict[str, Tensor]) -> dict[str, float]:
+    """The table's figures for uint8 images (N, C, H, W) and the labels (N,) asked for."""
+    x = normalize(images)
+    features, logits = judge.read(x)
+    test_features = reference["features"]
+    return {
+        "accuracy": (logits.argmax(1) == labels).float().mean().item(),
+        "FD": frechet_distance(features, test_features),
+        "IS": inception_score(logits),
+        "precision": share_within(features, test_features, reference["radii"]),
+        "recall": share_within(test_features, features, kth_neighbour(features)),
+        "nearest": nearest_distance(x.flatten(1), reference["training"]),
+    }
+
+
+def draw(model: DiT, config: Config, y: Tensor, seed: int) -> tuple[Tensor, float]:
+    """Images (N, C, H, W) uint8 for the labels y (N,), and how many were drawn a second."""
+    generator = torch.Generator(y.device).manual_seed(seed)
+    start = time.perf_counter()
+    images = []
+    for part in tqdm(y.split(BATCH_SIZE), desc=f"seed {seed}", unit="batch", leave=False):
+        for x in denoise(model, config, part, generator):
+            pass
+        images.append(denormalize(x).cpu())
+    return torch.cat(images), len(y) / (time.perf_counter() - start)
+
+
+def read_npz(path: str) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) uint8 and labels (N,) of an .npz as inference.py writes it; UserError if it is none."""
+    try:
+        arrays = np.load(path)  # never unpickles: allow_pickle is False
+        images, labels = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(arrays["arr_1"])
+        assert images.dtype == torch.uint8 and labels.shape == images.shape[:1]
+    except Exception as error:
+        raise UserError(f"{path} is not an .npz of images (arr_0) and labels (arr_1): {error!r}") from error
+    return images, labels.long()
+
+
+def print_table(report: dict) -> None:
+    """The figures of all seeds beside those of real digits."""
+    print(f"\n{report['images']} images, {report['settings']}\n")
+    print(f"{'':12}{'generated':>12}{'+-':>10}{'real':>12}")
+    for name, real in report["real"].items():
+        values = [figures[name] for figures in report["generated"]]
+        spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        print(f"{name:12}{statistics.mean(values):12.4f}{spread:>10}{real:12.4f}")
+    print(f"{'FD ratio':12}{report['FD ratio']:12.2f}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("Measure a model's digits, or an .npz of them, beside real ones.")
+    parser.add_argument("--checkpoint", default="model.pth", metavar="FILE", help="weights (default: model.pth)")
+    parser.add_argument("--npz", metavar="FILE", help="measure these images instead of drawing some")
+    parser.add_argument("--num-samples", type=int, default=10_000, metavar="INT", help="images (default: 10000)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="INT", help="sampling seeds to draw with (default: 1)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_fields("data_dir")
+    parser.add_fields("dataset", default="the checkpoint's, or mnist for an .npz")
+    parser.add_fields("sampler", "sample_steps", "cfg_scale", "eta", "seed", default="the checkpoint's")
+    parser.add_fields("device")
+    given = vars(parser.parse_args(argv))
+    checkpoint, npz, num_samples, seeds = (
+        given.pop(name, None) for name in ("checkpoint", "npz", "num_samples", "seeds")
+    )
+    json_path = given.pop("json", None)
+    if seeds < 1:
+        raise UserError(f"seeds is {seeds}; it must be at least 1")
+    device, data_dir = choose_device(given.pop("device", "auto")), given.pop("data_dir", Config().data_dir)
+    if npz:
+        images, labels = read_npz(npz)
+        num_samples, name, size = len(images), given.pop("dataset", "mnist"), images.shape[-1]
+        if given:
+            raise UserError(f"{', '.join(given)} would change nothing about the images of --npz; leave it out")
+    else:
+        model, config = load_model(checkpoint, device)
+        config = config.replace(**given)
+        name, size = config.dataset, config.image_size
+    if not 100 <= num_samples <= HELD_OUT:
+        raise UserError(f"{num_samples} samples: give 100 to {HELD_OUT}, as many as there are unseen real images")
+
+    train, test = (load_dataset(name, data_dir, train=part, image_size=size) for part in (True, False))
+    judge = judge_of(train.name, data_dir, train.images, train.labels)
+    features, _ = judge.read(normalize(test.images))
+    training = normalize(train.images[:-HELD_OUT]).flatten(1)
+    reference = {"features": features, "radii": kth_neighbour(features), "training": training}
+    unseen = slice(-HELD_OUT, num_samples - HELD_OUT or None)
+    real = measure(train.images[unseen], train.labels[unseen], judge, reference)
+
+    report = {"images": num_samples, "dataset": train.name, "real": real, "generated": []}
+    if npz:
+        report["settings"] = f"from {npz}"
+        report["generated"].append(measure(images, labels, judge, reference))
+    else:
+        y, speeds = test.labels[:num_samples], []  # in the test set's proportions
+        for seed in range(config.seed, config.seed + seeds):
+            images, speed = draw(model, config, y.to(device), seed)
+            speeds.append(speed)
+            report["generated"].append(measure(images, y, judge, reference))
+        report["settings"] = (
+            f"{config.sampler}, {config.sample_steps} steps, guidance {config.cfg_scale}: "
+            f"{network_evaluations(config)} network evaluations an image, "
+            f"{statistics.mean(speeds):.0f} images/s on {device}, {seeds} seed(s)"
+        )
+    report["FD ratio"] = statistics.mean(figures["FD"] for figures in report["generated"]) / real["FD"]
+    print_table(report)
+    if json_path:
+        with open(json_path, "w") as file:
+            json.dump(report, file, indent=1)
+
+
+if __name__ == "__main__":
+    run_script(main)
