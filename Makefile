@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test test-long notebooks
+.PHONY: demo test test-long notebooks speedrun
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python inference.py
@@ -18,6 +18,12 @@ test-long: $(VENV)/ready-dev
 
 notebooks: $(VENV)/ready
 	$(VENV)/bin/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+speedrun: RUN := runs/speedrun-$(shell date +%Y%m%d-%H%M%S)
+speedrun: $(VENV)/ready
+	start=$$(date +%s) && $(VENV)/bin/python train.py --out-dir $(RUN) && \
+	echo "trained in $$(($$(date +%s) - start)) s, from the start of the process to its end" && \
+	$(VENV)/bin/python evaluate.py --checkpoint $(RUN)/model.pth --seeds 3
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -76,9 +76,10 @@ def build_model(config: Config) -> DiT:
 
 def build_process(config: Config) -> Diffusion | FlowMatching:
     """The process that a config names, with its own options."""
+    shared = dict(prediction=config.prediction, time_sampling=config.time_sampling, time_mean=config.time_mean)
     if config.process == "flow_matching":
-        return FlowMatching(config.time_sampling)
-    return Diffusion(schedule=config.schedule, prediction=config.prediction, loss=config.loss)
+        return FlowMatching(**shared)
+    return Diffusion(schedule=config.schedule, loss=config.loss, **shared)
 
 
 def denoise(model: DiT, config: Config, y: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
@@ -98,8 +99,9 @@ def denoise(model: DiT, config: Config, y: Tensor, generator: torch.Generator) -
 
 
 def network_evaluations(config: Config) -> int:
-    """Forward passes for one image: two a step of heun, and twice as many with guidance."""
-    return config.sample_steps * (2 if config.sampler == "heun" else 1) * (1 if config.cfg_scale == 1 else 2)
+    """Forward passes for one image: two a step of heun but the last, and twice as many with guidance."""
+    calls = 2 * config.sample_steps - 1 if config.sampler == "heun" else config.sample_steps
+    return calls if config.cfg_scale == 1 else 2 * calls
 
 
 def read_config(values: Any, path: str | Path) -> Config:

@@ -28,16 +28,24 @@ def option(default: Any, help: str, type: Callable = str, choices: tuple = ()) -
     return dataclasses.field(default=default, metadata={"help": help, "type": type, "choices": choices})
 
 
-# What each process samples with, and the options that only it has.
+# What the network may predict in each process, what each samples with, and the options that only it has.
+PREDICTIONS = {"diffusion": ("noise", "x0", "v"), "flow_matching": ("x0", "v")}
 SAMPLERS = {"diffusion": ("ddpm", "ddim", "dpm++"), "flow_matching": ("euler", "heun")}
-OPTIONS = {"diffusion": ("prediction", "schedule", "loss", "eta"), "flow_matching": ("time_sampling",)}
+OPTIONS = {"diffusion": ("schedule", "loss", "eta"), "flow_matching": ()}
 
 PRESETS = {
     "digits": {},  # the defaults: digits in ten minutes on a laptop's CPU
+    "flow": dict(process="flow_matching", sampler="heun", sample_steps=20),  # the same time, by rectified flow
+    "long": dict(train_steps=24_000),  # the defaults for 20 minutes: the weights of model.pth
     "classic": dict(  # the recipe of most teaching repositories, for comparison
+        patch_size=4,
+        hidden_size=64,
+        depth=3,
         prediction="noise",
         schedule="linear",
         loss="l1",
+        time_sampling="uniform",
+        train_steps=2000,
         learning_rate=1e-3,
         lr_decay="constant",
         warmup_steps=0,
@@ -60,18 +68,19 @@ class Config:
     in_channels: int = option(1, "channels of an image; comes from the dataset", int)
     num_classes: int = option(10, "number of labels; comes from the dataset", int)
     # Model
-    patch_size: int = option(4, "a token is a square of this many pixels", int)
-    hidden_size: int = option(64, "width of a token", int)
-    depth: int = option(3, "number of transformer blocks", int)
+    patch_size: int = option(14, "a token is a square of this many pixels", int)
+    hidden_size: int = option(192, "width of a token", int)
+    depth: int = option(6, "number of transformer blocks", int)
     num_heads: int = option(4, "attention heads of a block", int)
     # Process
     process: str = option("diffusion", "how noise and data are joined", choices=tuple(SAMPLERS))
-    prediction: str = option("v", "what the network predicts", choices=("noise", "x0", "v"))
+    prediction: str = option("x0", "what the network predicts", choices=PREDICTIONS["diffusion"])
     schedule: str = option("cosine", "noise schedule", choices=("linear", "cosine"))
     loss: str = option("mse", "distance between prediction and target", choices=("mse", "l1"))
-    time_sampling: str = option("logit_normal", "flow's t in training", choices=("logit_normal", "uniform"))
+    time_sampling: str = option("logit_normal", "how training draws t", choices=("uniform", "logit_normal"))
+    time_mean: float = option(1.0, "logit-normal's mean; above 0, more noise than data", float)
     # Training
-    train_steps: int = option(7500, "optimizer steps", int)
+    train_steps: int = option(8500, "optimizer steps", int)
     batch_size: int = option(64, "images a step", int)
     optimizer: str = option("adamw", "adamw; or muon for the blocks' matrices", choices=("adamw", "muon"))
     learning_rate: float = option(3e-3, "peak learning rate", float)
@@ -91,9 +100,9 @@ class Config:
     sample_every: int = option(1000, "steps between sample grids", int)
     checkpoint_every: int = option(1000, "steps between checkpoints", int)
     # Sampling
-    sampler: str = option("ddim", "ddpm, ddim or dpm++; euler or heun for flow_matching")
-    sample_steps: int = option(50, "steps from noise to image", int)
-    cfg_scale: float = option(2.0, "guidance scale; 1 is none, and half the work", float)
+    sampler: str = option("ddpm", "ddpm, ddim or dpm++; euler or heun for flow_matching")
+    sample_steps: int = option(25, "steps from noise to image", int)
+    cfg_scale: float = option(1.5, "guidance scale; 1 is none, and half the work", float)
     eta: float = option(0.0, "ddim's share of fresh noise, 0 to 1", float)
 
     def __post_init__(self) -> None:
@@ -135,9 +144,10 @@ class Config:
                     f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; "
                     f"try patch_size {', '.join(map(str, divisors or [1, self.image_size]))}"
                 )
-        if self.sampler not in SAMPLERS[self.process]:
-            known = ", ".join(SAMPLERS[self.process])
-            raise UserError(f"sampler {self.sampler!r} is not one of process {self.process}'s: {known}")
+        for name, of_process in (("prediction", PREDICTIONS), ("sampler", SAMPLERS)):
+            value, known = getattr(self, name), of_process[self.process]
+            if value not in known:
+                raise UserError(f"{name} {value!r} is not one of process {self.process}'s: {', '.join(known)}")
         if self.eta and self.sampler != "ddim":
             raise UserError(f"eta {self.eta} is an option of sampler ddim, not of {self.sampler}; leave it out")
 

@@ -34,6 +34,19 @@ def cosine_alphas_cumprod(num_timesteps: int) -> Tensor:
 SCHEDULES = {"linear": linear_alphas_cumprod, "cosine": cosine_alphas_cumprod}
 PREDICTIONS = ("noise", "x0", "v")
 LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
+TIME_SAMPLINGS = ("uniform", "logit_normal")
+
+
+def draw_time(
+    count: int, time_sampling: str, time_mean: float, device: torch.device, generator: Generator | None
+) -> Tensor:
+    """Training's random times, 0 (data) to 1 (noise) -> (count,): "uniform", or "logit_normal", sigmoid(N(mean, 1)).
+
+    The logit-normal spares the two ends, where there is little to learn (Esser et al., 2024, section 3.1).
+    """
+    if time_sampling == "uniform":
+        return torch.rand(count, device=device, generator=generator)
+    return (time_mean + torch.randn(count, device=device, generator=generator)).sigmoid()
 
 
 def guided(model: Callable, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
@@ -55,11 +68,12 @@ class Diffusion:
         schedule: "linear" or "cosine".
         prediction: what the network's output means: "noise", "x0" or "v".
         loss: "mse" or "l1", between that output and its target.
+        time_sampling, time_mean: how training draws t (see draw_time).
         clip_x0: clip each estimate of x_0 to [-1, 1] while sampling; right for pixels, wrong for latents.
         num_timesteps: T.
 
     Raises:
-        ValueError: for an unknown schedule, prediction or loss.
+        ValueError: for an unknown schedule, prediction, loss or time_sampling.
     """
 
     samplers = ("ddpm", "ddim", "dpm++")
@@ -69,13 +83,17 @@ class Diffusion:
         schedule: str = "linear",
         prediction: str = "noise",
         loss: str = "mse",
+        time_sampling: str = "uniform",
+        time_mean: float = 0.0,
         clip_x0: bool = True,
         num_timesteps: int = 1000,
     ):
-        for value, known in ((schedule, SCHEDULES), (prediction, PREDICTIONS), (loss, LOSSES)):
+        checks = ((schedule, SCHEDULES), (prediction, PREDICTIONS), (loss, LOSSES), (time_sampling, TIME_SAMPLINGS))
+        for value, known in checks:
             if value not in known:
                 raise ValueError(f"{value!r} is not one of {', '.join(known)}")
         self.prediction = prediction
+        self.time_sampling, self.time_mean = time_sampling, time_mean
         self.loss_function = LOSSES[loss]
         self.clip_x0 = clip_x0
         self.num_timesteps = num_timesteps
@@ -102,7 +120,8 @@ class Diffusion:
 
     def loss(self, model: Callable, x0: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
         """The training loss at a random t for each image: x0 (B, C, H, W), y (B,) -> scalar (Ho et al., eq. 14)."""
-        t = torch.randint(self.num_timesteps, (len(x0),), device=x0.device, generator=generator)
+        time = draw_time(len(x0), self.time_sampling, self.time_mean, x0.device, generator)
+        t = (time * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
         noise = torch.randn(x0.shape, device=x0.device, generator=generator)
         output = model(self.q_sample(x0, t, noise), t, y)
         return self.loss_function(output.float(), self.target(x0, t, noise))

@@ -2,7 +2,8 @@
 
     forward   x_t = (1 - t) x_0 + t noise,  t from 0 (data) to 1 (noise)
     training  the network is given x_t and 1000 t and learns the velocity dx/dt = noise - x_0
-              (Lipman et al., 2023; t from a logit-normal: Esser et al., 2024, section 3.1)
+              (Lipman et al., 2023; t from a logit-normal: Esser et al., 2024, section 3.1),
+              or x_0, from which the velocity follows: (x_t - x_0) / t (Li & He, 2025)
     reverse   from x_1 ~ N(0, I): follow the velocity from t = 1 to t = 0 on a uniform grid
 
 The same two methods as `Diffusion`, and interchangeable with it.
@@ -14,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from diffusion import guided
+from diffusion import TIME_SAMPLINGS, draw_time, guided
 
-TIME_SAMPLINGS = ("logit_normal", "uniform")
+PREDICTIONS = ("x0", "v")
 NUM_TIMESTEPS = 1000  # the network sees 1000 t, as it sees the timesteps of a diffusion
 
 
@@ -24,29 +25,29 @@ class FlowMatching:
     """Rectified flow with its training loss and its reverse process.
 
     Args:
-        time_sampling: how training draws t: "logit_normal", sigmoid(N(0, 1)), or "uniform" in [0, 1).
+        prediction: what the network's output means: "v", the velocity, or "x0".
+        time_sampling, time_mean: how training draws t (see diffusion.draw_time).
 
     Raises:
-        ValueError: for an unknown time_sampling.
+        ValueError: for an unknown prediction or time_sampling.
     """
 
     samplers = ("euler", "heun")
 
-    def __init__(self, time_sampling: str = "logit_normal"):
-        if time_sampling not in TIME_SAMPLINGS:
-            raise ValueError(f"{time_sampling!r} is not one of {', '.join(TIME_SAMPLINGS)}")
-        self.time_sampling = time_sampling
+    def __init__(self, prediction: str = "v", time_sampling: str = "logit_normal", time_mean: float = 0.0):
+        for value, known in ((prediction, PREDICTIONS), (time_sampling, TIME_SAMPLINGS)):
+            if value not in known:
+                raise ValueError(f"{value!r} is not one of {', '.join(known)}")
+        self.prediction = prediction
+        self.time_sampling, self.time_mean = time_sampling, time_mean
 
     def loss(self, model: Callable, x0: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
         """The training loss at a random t for each image: x0 (B, C, H, W) in [-1, 1], y (B,) -> scalar."""
-        draw = torch.randn if self.time_sampling == "logit_normal" else torch.rand
-        t = draw(len(x0), device=x0.device, generator=generator)
-        if self.time_sampling == "logit_normal":
-            t = t.sigmoid()
+        t = draw_time(len(x0), self.time_sampling, self.time_mean, x0.device, generator)
         noise = torch.randn(x0.shape, device=x0.device, generator=generator)
         x = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
         output = model(x, NUM_TIMESTEPS * t, y)
-        return F.mse_loss(output.float(), noise - x0)
+        return F.mse_loss(output.float(), x0 if self.prediction == "x0" else noise - x0)
 
     @torch.no_grad()
     def sample(
@@ -64,7 +65,8 @@ class FlowMatching:
         Args:
             y: labels (B,); model.num_classes means "any".
             steps: of the uniform grid from 1 to 0.
-            sampler: "euler", or "heun": the mean of the velocities at a step's two ends, of second order.
+            sampler: "euler", or "heun": the mean of the velocities at a step's two ends, of second order; the last
+                step is Euler's, for at t = 0 there is no way left to go (Karras et al., 2022, algorithm 1).
             cfg_scale: guidance, 1 for none.
             generator: not used; the way back is not random.
         """
@@ -74,14 +76,15 @@ class FlowMatching:
             raise ValueError(f"sample_steps {steps} is not at least 1")
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            return guided(model, x, torch.full((len(x),), NUM_TIMESTEPS * t, device=x.device), y, cfg_scale)
+            output = guided(model, x, torch.full((len(x),), NUM_TIMESTEPS * t, device=x.device), y, cfg_scale)
+            return (x - output) / t if self.prediction == "x0" else output
 
         times = [1 - i / steps for i in range(steps + 1)]
         x = noise
         yield x
         for t, t_next in zip(times, times[1:]):
             slope = velocity(x, t)
-            if sampler == "heun":
+            if sampler == "heun" and t_next > 0:
                 slope = (slope + velocity(x + (t_next - t) * slope, t_next)) / 2
             x = x + (t_next - t) * slope
             yield x

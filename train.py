@@ -146,7 +146,8 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     print(f"device     {device}, {config.precision}, {torch.get_num_threads()} threads, compile {config.compile}")
     print(f"data       {data.name}: {len(images):,} images of {tuple(images.shape[1:])}, {config.num_classes} labels")
     print(f"model      {parameters:,} parameters: hidden {config.hidden_size}, depth {config.depth}")
-    print(f"process    {config.process}: " + ", ".join(f"{k} {getattr(config, k)}" for k in OPTIONS[config.process]))
+    options = ("prediction", *OPTIONS[config.process], "time_sampling")
+    print(f"process    {config.process}: " + ", ".join(f"{name} {getattr(config, name)}" for name in options))
     print(f"steps      {step:,} of {config.train_steps:,} done, {config.batch_size} images each")
     print(f"files      {out_dir}/: checkpoint.pth, model.pth, loss.csv, loss.png, samples/", flush=True)
     with (

@@ -10,7 +10,7 @@ import checkpoint
 from checkpoint import load_file, load_model, model_config, save_file
 from config import Config, UserError
 
-CONFIG = Config(image_size=28, hidden_size=32, depth=2, num_heads=2, data_dir="/a/private/folder")
+CONFIG = Config(image_size=28, patch_size=4, hidden_size=32, depth=2, num_heads=2, data_dir="/a/private/folder")
 
 
 @pytest.fixture

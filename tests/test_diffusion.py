@@ -4,9 +4,10 @@ from conftest import random_dit
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 import config
-from diffusion import LOSSES, PREDICTIONS, SCHEDULES, Diffusion, guided
+from diffusion import LOSSES, PREDICTIONS, SCHEDULES, TIME_SAMPLINGS, Diffusion, draw_time, guided
 from dit import DiT
-from flow_matching import TIME_SAMPLINGS, FlowMatching
+from flow_matching import PREDICTIONS as FLOW_PREDICTIONS
+from flow_matching import FlowMatching
 
 
 class Oracle(torch.nn.Module):
@@ -178,14 +179,35 @@ def test_impossible_steps_are_refused(steps):
         list(Diffusion().sample(Oracle(), torch.zeros(1, 1, 8, 8), torch.tensor([0]), steps=steps))
 
 
+def test_times_are_drawn_as_said_and_reach_the_network():
+    generator = torch.Generator().manual_seed(0)
+    uniform = draw_time(50_000, "uniform", 3.0, torch.device("cpu"), generator)
+    assert abs((uniform < 0.25).float().mean() - 0.25) < 0.01
+    normal = draw_time(50_000, "logit_normal", 0.5, torch.device("cpu"), generator).logit()
+    assert abs(normal.mean() - 0.5) < 0.02 and abs(normal.std() - 1) < 0.02
+
+    class Spy(torch.nn.Module):
+        def forward(self, x, t, y):
+            self.t = t
+            return x
+
+    spy = Spy()
+    for mean, least, most in ((-20, 0, 0), (20, 999, 999), (0, 400, 600)):
+        process = Diffusion(time_sampling="logit_normal", time_mean=mean)
+        process.loss(spy, torch.zeros(1000, 1, 1, 1), torch.zeros(1000).long(), generator)
+        assert spy.t.dtype == torch.int64 and least <= spy.t.float().mean() <= most
+    Diffusion().loss(spy, torch.zeros(20_000, 1, 1, 1), torch.zeros(20_000).long(), generator)
+    assert spy.t.min() == 0 and spy.t.max() == 999  # every timestep has its turn
+
+
 def test_config_names_what_the_process_has():
     fields = {field.name: field.metadata["choices"] for field in config.dataclasses.fields(config.Config)}
     assert set(fields["schedule"]) == set(SCHEDULES)
-    assert set(fields["prediction"]) == set(PREDICTIONS)
     assert set(fields["loss"]) == set(LOSSES)
     assert fields["time_sampling"] == TIME_SAMPLINGS
     assert config.SAMPLERS == {"diffusion": Diffusion.samplers, "flow_matching": FlowMatching.samplers}
-    for wrong in (dict(schedule="sigmoid"), dict(prediction="epsilon"), dict(loss="huber")):
+    assert config.PREDICTIONS == {"diffusion": PREDICTIONS, "flow_matching": FLOW_PREDICTIONS}
+    for wrong in (dict(schedule="sigmoid"), dict(prediction="epsilon"), dict(loss="huber"), dict(time_sampling="beta")):
         with pytest.raises(ValueError, match=f"{next(iter(wrong.values()))!r} is not one of"):
             Diffusion(**wrong)
     with pytest.raises(ValueError, match="'heun' is not one of ddpm, ddim, dpm"):

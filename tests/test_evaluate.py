@@ -113,8 +113,8 @@ def test_a_classifier_learns_is_kept_and_leaves_out_the_last_images(tmp_path, mo
 
 
 def test_the_table_of_a_checkpoint_and_of_its_npz_agree(judged, tmp_path, mnist_dir, capsys):
-    sizes = dict(image_size=28, hidden_size=32, depth=1, num_heads=2)
-    config = Config(**sizes, dataset="mnist", sample_steps=2, cfg_scale=1.0)
+    sizes = dict(image_size=28, patch_size=7, hidden_size=32, depth=1, num_heads=2)
+    config = Config(**sizes, dataset="mnist", sampler="ddim", sample_steps=2, cfg_scale=1.0)
     save_file({"model": random_dit(**sizes).state_dict(), "config": model_config(config)}, tmp_path / "model.pth")
     flags = ["--checkpoint", str(tmp_path / "model.pth"), "--data-dir", mnist_dir, "--json", str(tmp_path / "a.json")]
     evaluate.main([*flags, "--num-samples", "200", "--seeds", "2"])

@@ -56,7 +56,7 @@ def test_t_is_drawn_as_said_and_the_network_sees_1000_t(time_sampling, quarter):
             return torch.zeros_like(x)
 
     spy, x0 = Spy(), torch.full((20_000, 1, 1, 1), 0.5)
-    loss = FlowMatching(time_sampling).loss(spy, x0, None, torch.Generator().manual_seed(0))
+    loss = FlowMatching(time_sampling=time_sampling).loss(spy, x0, None, torch.Generator().manual_seed(0))
     t = spy.t / 1000
     assert 0 <= t.min() and t.max() <= 1
     assert abs((t < 0.25).float().mean() - quarter) < 0.01  # P(sigmoid(N(0, 1)) < 1/4) = Phi(-ln 3) = 0.136
@@ -74,10 +74,39 @@ def test_loss_of_a_perfect_velocity_is_zero():
     assert loss < 1e-6
 
 
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_x0_and_its_velocity_give_the_same_images(sampler):
+    class Denoiser(torch.nn.Module):
+        def forward(self, x, t, y):
+            return torch.sin(x * 2 + t.view(-1, 1, 1, 1) / 300)
+
+    class Velocity(Denoiser):
+        def forward(self, x, t, y):
+            return (x - super().forward(x, t, y)) / (t / 1000).view(-1, 1, 1, 1)
+
+    x, y = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 4])
+    of_x0 = FlowMatching(prediction="x0").sample(Denoiser(), x, y, steps=7, sampler=sampler)
+    of_v = FlowMatching(prediction="v").sample(Velocity(), x, y, steps=7, sampler=sampler)
+    for a, b in zip(of_x0, of_v, strict=True):
+        assert (a - b).abs().max() <= 1e-5
+
+
+def test_the_loss_compares_with_what_is_predicted():
+    class Zero(torch.nn.Module):
+        def forward(self, x, t, y):
+            return torch.zeros_like(x)
+
+    x0 = torch.full((20_000, 1, 1, 1), 0.5)
+    assert abs(FlowMatching(prediction="v").loss(Zero(), x0, None, torch.Generator().manual_seed(0)) - 1.25) < 0.05
+    assert FlowMatching(prediction="x0").loss(Zero(), x0, None) == 0.25
+
+
 def test_guidance_and_bad_settings():
     model, x, y = random_dit(), torch.randn(2, 1, 28, 28), torch.tensor([1, 2])
-    with pytest.raises(ValueError, match="'uniformly' is not one of logit_normal, uniform"):
-        FlowMatching("uniformly")
+    with pytest.raises(ValueError, match="'uniformly' is not one of uniform, logit_normal"):
+        FlowMatching(time_sampling="uniformly")
+    with pytest.raises(ValueError, match="'noise' is not one of x0, v"):
+        FlowMatching(prediction="noise")
     process = FlowMatching()
     *_, plain = process.sample(model, x, y, steps=2)
     *_, guided = process.sample(model, x, y, steps=2, cfg_scale=3.0)
@@ -90,10 +119,10 @@ def test_guidance_and_bad_settings():
 
 def test_options_of_the_other_process_are_refused():
     assert preset("digits", process="flow_matching").sampler == "heun"
-    with pytest.raises(UserError, match="prediction is an option of process diffusion, not of flow_matching"):
+    with pytest.raises(UserError, match="schedule is an option of process diffusion, not of flow_matching"):
+        preset("digits", process="flow_matching", schedule="linear")
+    with pytest.raises(UserError, match="prediction 'noise' is not one of process flow_matching's: x0, v"):
         preset("digits", process="flow_matching", prediction="noise")
-    with pytest.raises(UserError, match="time_sampling is an option of process flow_matching"):
-        preset("digits", time_sampling="uniform")
     with pytest.raises(UserError, match="flow_matching's: euler, heun"):
         preset("digits", process="flow_matching", sampler="ddim")
 
@@ -103,7 +132,7 @@ def test_network_evaluations_are_counted():
     assert network_evaluations(config) == 25
     assert network_evaluations(config.replace(cfg_scale=2.0)) == 50
     heun = config.replace(process="flow_matching", sampler="heun")
-    assert network_evaluations(heun) == 50 and network_evaluations(heun.replace(cfg_scale=1.5)) == 100
+    assert network_evaluations(heun) == 49 and network_evaluations(heun.replace(cfg_scale=1.5)) == 98
 
 
 def test_a_flow_trains_and_samples_through_the_same_scripts(tmp_path, glyphs_dir):

@@ -1,0 +1,82 @@
+"""Quality against network evaluations and against guidance, measured: `python -m docs.quality`, about half an hour.
+
+Writes docs/quality.csv, a row for each setting, and docs/quality.png, the picture of it, from the shipped weights
+(for the diffusion's samplers) and those of `python train.py --preset flow` (for the flow's).
+"""
+
+import csv
+import sys
+
+import torch
+from matplotlib.figure import Figure
+
+from checkpoint import load_model, network_evaluations
+from classifier import HELD_OUT, judge_of
+from config import SAMPLERS, Config, run_script
+from dataset import load_dataset, normalize
+from evaluate import draw, frechet_distance
+
+NUM_SAMPLES = 1000
+EVALUATIONS = (1, 2, 3, 5, 10, 20, 50, 100, 250)
+GUIDANCE = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
+COLUMNS = ("process", "sampler", "sample_steps", "cfg_scale", "evaluations", "accuracy", "FD_ratio")
+
+
+def settings(process: str) -> list[dict]:
+    """Every sampler without guidance over EVALUATIONS, then the process' best over GUIDANCE."""
+    found = []
+    for sampler in SAMPLERS[process]:
+        steps = [(n + 1) // 2 if sampler == "heun" else n for n in EVALUATIONS]
+        found += [dict(sampler=sampler, sample_steps=n, cfg_scale=1.0) for n in dict.fromkeys(steps)]
+    best, steps = ("dpm++", 20) if process == "diffusion" else ("heun", 10)
+    return found + [dict(sampler=best, sample_steps=steps, cfg_scale=w) for w in GUIDANCE[1:]]
+
+
+def measure(path: str) -> list[dict]:
+    """Accuracy and FD ratio of each setting of a checkpoint's process, by NUM_SAMPLES images each."""
+    model, config = load_model(path)
+    train, test = (load_dataset(config.dataset, Config().data_dir, train=part) for part in (True, False))
+    judge = judge_of(train.name, Config().data_dir, train.images, train.labels)
+    of_test, _ = judge.read(normalize(test.images))
+    of_real, _ = judge.read(normalize(train.images[-HELD_OUT:][:NUM_SAMPLES]))
+    real = frechet_distance(of_real, of_test)
+    y, rows = test.labels[:NUM_SAMPLES], []
+    for setting in settings(config.process):
+        config = config.replace(**setting)
+        images, _ = draw(model, config, y, seed=0)
+        features, logits = judge.read(normalize(images))
+        figures = ((logits.argmax(1) == y).float().mean().item(), frechet_distance(features, of_test) / real)
+        values = (config.process, *setting.values(), network_evaluations(config), *(round(f, 4) for f in figures))
+        rows.append(dict(zip(COLUMNS, values)))
+        print(*values, flush=True)
+    return rows
+
+
+def plot(rows: list[dict], path: str) -> None:
+    """Accuracy and FD ratio against network evaluations, a line for each sampler."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("accuracy", "FD_ratio")):
+        for sampler in dict.fromkeys(row["sampler"] for row in rows):
+            line = [(r["evaluations"], r[name]) for r in rows if r["sampler"] == sampler and r["cfg_scale"] == 1]
+            axes.plot(*zip(*line), marker="o", markersize=3, label=sampler)
+        axes.set(xscale="log", xlabel="network evaluations an image", ylabel=name.replace("_", " "))
+        axes.grid(alpha=0.3)
+    axes.set(yscale="log")
+    axes.axhline(1, color="black", linestyle=":", label="real digits")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    paths = sys.argv[1:] or ["model.pth", "runs/flow/model.pth"]
+    torch.manual_seed(0)
+    rows = [row for path in paths for row in measure(path)]
+    with open("docs/quality.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows, "docs/quality.png")
+
+
+if __name__ == "__main__":
+    run_script(main)
