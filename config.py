@@ -35,7 +35,12 @@ OPTIONS = {"diffusion": ("schedule", "loss", "eta"), "flow_matching": ()}
 
 PRESETS = {
     "digits": {},  # the defaults: digits in ten minutes on a laptop's CPU
-    "flow": dict(process="flow_matching", sampler="heun", sample_steps=20),  # the same time, by rectified flow
+    "flow": dict(  # the same time, by rectified flow
+        process="flow_matching",
+        time_mean=0.5,
+        sampler="heun",
+        sample_steps=20,
+    ),
     "long": dict(train_steps=24_000),  # the defaults for 20 minutes: the weights of model.pth
     "classic": dict(  # the recipe of most teaching repositories, for comparison
         patch_size=4,
@@ -101,8 +106,8 @@ class Config:
     checkpoint_every: int = option(1000, "steps between checkpoints", int)
     # Sampling
     sampler: str = option("ddpm", "ddpm, ddim or dpm++; euler or heun for flow_matching")
-    sample_steps: int = option(25, "steps from noise to image", int)
-    cfg_scale: float = option(1.5, "guidance scale; 1 is none, and half the work", float)
+    sample_steps: int = option(20, "steps from noise to image", int)
+    cfg_scale: float = option(1.3, "guidance scale; 1 is none, and half the work", float)
     eta: float = option(0.0, "ddim's share of fresh noise, 0 to 1", float)
 
     def __post_init__(self) -> None:

@@ -49,6 +49,16 @@ def draw_time(
     return (time_mean + torch.randn(count, device=device, generator=generator)).sigmoid()
 
 
+def forgive_overshoot(target: Tensor, x0: Tensor, limit: float = 1.1) -> Tensor:
+    """The target of an estimate x0, except that black may be answered by up to -limit and white by up to limit.
+
+    The last x_0 is clipped to [-1, 1], so those are no errors. Were they punished, the estimates would scatter about
+    -1 wherever the image is black, and clipping would leave grey grain there.
+    """
+    beyond = (target.abs() == 1) & (x0 * target > 1)
+    return torch.where(beyond, x0.detach().clamp(-limit, limit), target)
+
+
 def guided(model: Callable, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
     """Classifier-free guidance (Ho & Salimans, 2022): unconditional + cfg_scale * (conditional - unconditional).
 
@@ -123,8 +133,11 @@ class Diffusion:
         time = draw_time(len(x0), self.time_sampling, self.time_mean, x0.device, generator)
         t = (time * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
         noise = torch.randn(x0.shape, device=x0.device, generator=generator)
-        output = model(self.q_sample(x0, t, noise), t, y)
-        return self.loss_function(output.float(), self.target(x0, t, noise))
+        output = model(self.q_sample(x0, t, noise), t, y).float()
+        target = self.target(x0, t, noise)
+        if self.prediction == "x0" and self.clip_x0:
+            target = forgive_overshoot(target, output)
+        return self.loss_function(output, target)
 
     def predict_x0(self, output: Tensor, x: Tensor, t: int) -> Tensor:
         """The estimate of x_0 that the network's output at x_t amounts to, clipped where clip_x0 says so."""

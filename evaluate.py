@@ -21,14 +21,13 @@ import time
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from checkpoint import denoise, load_model, network_evaluations
+from checkpoint import load_model, network_evaluations
 from classifier import HELD_OUT, Classifier, judge_of
 from config import Config, Parser, UserError, run_script
 from dataset import denormalize, load_dataset, normalize
 from dit import DiT
-from inference import BATCH_SIZE
+from inference import draw
 from machine import choose_device
 
 
@@ -80,16 +79,11 @@ def measure(images: Tensor, labels: Tensor, judge: Classifier, reference: dict[s
     }
 
 
-def draw(model: DiT, config: Config, y: Tensor, seed: int) -> tuple[Tensor, float]:
+def timed_draw(model: DiT, config: Config, y: Tensor, seed: int) -> tuple[Tensor, float]:
     """Images (N, C, H, W) uint8 for the labels y (N,), and how many were drawn a second."""
-    generator = torch.Generator(y.device).manual_seed(seed)
     start = time.perf_counter()
-    images = []
-    for part in tqdm(y.split(BATCH_SIZE), desc=f"seed {seed}", unit="batch", leave=False):
-        for x in denoise(model, config, part, generator):
-            pass
-        images.append(denormalize(x).cpu())
-    return torch.cat(images), len(y) / (time.perf_counter() - start)
+    images = denormalize(draw(model, config, y, torch.Generator(y.device).manual_seed(seed))).cpu()
+    return images, len(y) / (time.perf_counter() - start)
 
 
 def read_npz(path: str) -> tuple[Tensor, Tensor]:
@@ -160,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         y, speeds = test.labels[:num_samples], []  # in the test set's proportions
         for seed in range(config.seed, config.seed + seeds):
-            images, speed = draw(model, config, y.to(device), seed)
+            images, speed = timed_draw(model, config, y.to(device), seed)
             speeds.append(speed)
             report["generated"].append(measure(images, y, judge, reference))
         report["settings"] = (

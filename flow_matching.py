@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from diffusion import TIME_SAMPLINGS, draw_time, guided
+from diffusion import TIME_SAMPLINGS, draw_time, forgive_overshoot, guided
 
 PREDICTIONS = ("x0", "v")
 NUM_TIMESTEPS = 1000  # the network sees 1000 t, as it sees the timesteps of a diffusion
@@ -46,8 +46,9 @@ class FlowMatching:
         t = draw_time(len(x0), self.time_sampling, self.time_mean, x0.device, generator)
         noise = torch.randn(x0.shape, device=x0.device, generator=generator)
         x = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
-        output = model(x, NUM_TIMESTEPS * t, y)
-        return F.mse_loss(output.float(), x0 if self.prediction == "x0" else noise - x0)
+        output = model(x, NUM_TIMESTEPS * t, y).float()
+        target = forgive_overshoot(x0, output) if self.prediction == "x0" else noise - x0
+        return F.mse_loss(output, target)
 
     @torch.no_grad()
     def sample(

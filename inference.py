@@ -16,8 +16,9 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from checkpoint import denoise, load_model, network_evaluations
-from config import Parser, UserError, run_script
+from config import Config, Parser, UserError, run_script
 from dataset import denormalize
+from dit import DiT
 from machine import choose_device
 
 BATCH_SIZE = 500  # of --num-samples; part of what a seed means
@@ -80,6 +81,17 @@ def check_path(flag: str, path: str, suffix: str) -> None:
         raise UserError(f"{flag} {path}: its folder does not exist; create it first")
 
 
+def draw(model: DiT, config: Config, y: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (N, C, H, W) in [-1, 1] for the labels y (N,), BATCH_SIZE of them at a time."""
+    parts, images = y.split(BATCH_SIZE), []
+    with tqdm(total=len(parts) * (config.sample_steps + 1), unit="step", leave=False) as bar:
+        for part in parts:
+            for x in denoise(model, config, part, generator):
+                bar.update()
+            images.append(x)
+    return torch.cat(images)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Turn noise into images with a trained DiT.")
     parser.add_argument("--checkpoint", default="model.pth", metavar="FILE", help="weights (default: model.pth)")
@@ -116,21 +128,15 @@ def main(argv: list[str] | None = None) -> None:
 
     start = time.perf_counter()
     count = num_samples or len(labels)
-    y = torch.tensor([labels[i % len(labels)] for i in range(count)])
-    parts = y.to(device).split(BATCH_SIZE)
-    images = []
-    with tqdm(total=len(parts) * (config.sample_steps + 1), unit="step", leave=False) as bar:
-        for part in parts:
-            frames = []
-            for x in denoise(model, config, part, generator):
-                frames = [x] if num_samples else [*frames, x]
-                bar.update()
-            images.append(x)
-    images = torch.cat(images)
+    y = torch.tensor([labels[i % len(labels)] for i in range(count)], device=device)
+    if num_samples:
+        images = draw(model, config, y, generator)
+    else:
+        frames = list(tqdm(denoise(model, config, y, generator), total=config.sample_steps + 1, leave=False))
     seconds = time.perf_counter() - start
 
     if npz:
-        np.savez(npz, denormalize(images).permute(0, 2, 3, 1).cpu().numpy(), y.numpy())
+        np.savez(npz, denormalize(images).permute(0, 2, 3, 1).cpu().numpy(), y.cpu().numpy())
     if gif:
         save_gif(frames, gif)
     if output and num_samples:

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from checkpoint import load_model, network_evaluations
 from classifier import HELD_OUT, judge_of
 from config import SAMPLERS, Config, run_script
-from dataset import load_dataset, normalize
-from evaluate import draw, frechet_distance
+from dataset import denormalize, load_dataset, normalize
+from evaluate import frechet_distance
+from inference import draw
 
 NUM_SAMPLES = 1000
 EVALUATIONS = (1, 2, 3, 5, 10, 20, 50, 100, 250)
@@ -43,7 +44,7 @@ def measure(path: str) -> list[dict]:
     y, rows = test.labels[:NUM_SAMPLES], []
     for setting in settings(config.process):
         config = config.replace(**setting)
-        images, _ = draw(model, config, y, seed=0)
+        images = denormalize(draw(model, config, y, torch.Generator().manual_seed(0)))
         features, logits = judge.read(normalize(images))
         figures = ((logits.argmax(1) == y).float().mean().item(), frechet_distance(features, of_test) / real)
         values = (config.process, *setting.values(), network_evaluations(config), *(round(f, 4) for f in figures))
@@ -53,18 +54,25 @@ def measure(path: str) -> list[dict]:
 
 
 def plot(rows: list[dict], path: str) -> None:
-    """Accuracy and FD ratio against network evaluations, a line for each sampler."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ("accuracy", "FD_ratio")):
+    """Accuracy and FD ratio: a line for each sampler against its network evaluations, then against guidance."""
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    for (above, below), name in zip(figure.subplots(2, 2).T, ("accuracy", "FD_ratio")):
         for sampler in dict.fromkeys(row["sampler"] for row in rows):
             line = [(r["evaluations"], r[name]) for r in rows if r["sampler"] == sampler and r["cfg_scale"] == 1]
-            axes.plot(*zip(*line), marker="o", markersize=3, label=sampler)
-        axes.set(xscale="log", xlabel="network evaluations an image", ylabel=name.replace("_", " "))
-        axes.grid(alpha=0.3)
-    axes.set(yscale="log")
-    axes.axhline(1, color="black", linestyle=":", label="real digits")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+            above.plot(*zip(*line), marker="o", markersize=3, label=sampler)
+            steps = {r["sample_steps"] for r in rows if r["sampler"] == sampler and r["cfg_scale"] > 1}
+            line = [(r["cfg_scale"], r[name]) for r in rows if r["sampler"] == sampler and r["sample_steps"] in steps]
+            if line:
+                below.plot(*zip(*sorted(line)), marker="o", markersize=3, label=f"{sampler}, {min(steps)} steps")
+        above.set(xscale="log", xlabel="network evaluations an image", ylabel=name.replace("_", " "))
+        below.set(xlabel="guidance scale", ylabel=name.replace("_", " "))
+        for axes in (above, below):
+            axes.grid(alpha=0.3)
+            axes.legend()
+            if name == "FD_ratio":
+                axes.set(yscale="log")
+                axes.axhline(1, color="black", linestyle=":")  # real digits
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from conftest import random_dit
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 import config
-from diffusion import LOSSES, PREDICTIONS, SCHEDULES, TIME_SAMPLINGS, Diffusion, draw_time, guided
+from diffusion import LOSSES, PREDICTIONS, SCHEDULES, TIME_SAMPLINGS, Diffusion, draw_time, forgive_overshoot, guided
 from dit import DiT
 from flow_matching import PREDICTIONS as FLOW_PREDICTIONS
 from flow_matching import FlowMatching
@@ -150,6 +150,30 @@ def test_guidance_1_is_the_conditional_model():
     assert torch.allclose(guided(model, x, t, y, 1.0001), conditional, atol=1e-3)
     expected = unconditional + 3 * (conditional - unconditional)
     assert torch.allclose(guided(model, x, t, y, 3.0), expected, atol=1e-5)
+
+
+def test_overshooting_black_or_white_is_no_error_up_to_a_limit():
+    target = torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 0.5, -0.999])
+    x0 = torch.tensor([-1.05, -1.4, 1.05, 1.05, 1.4, -1.05, 1.05, -1.05], requires_grad=True)
+    expected = torch.tensor([-1.05, -1.1, -1.0, 1.05, 1.1, 1.0, 0.5, -0.999])
+    assert torch.equal(forgive_overshoot(target, x0), expected)
+
+    class Beyond(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.answer = torch.nn.Parameter(torch.tensor(-1.05))
+
+        def forward(self, x, t, y):
+            return self.answer.expand_as(x)
+
+    black, y = torch.full((4, 1, 2, 2), -1.0), torch.zeros(4).long()
+    for process in (Diffusion("cosine", "x0"), FlowMatching("x0")):
+        model = Beyond()
+        loss = process.loss(model, black, y)
+        loss.backward()
+        assert loss == 0 and model.answer.grad == 0  # a target is no way for the gradient
+    assert Diffusion("cosine", "x0", clip_x0=False).loss(Beyond(), black, y) > 0
+    assert Diffusion("cosine", "v").loss(Beyond(), black, y) > 0
 
 
 def test_clipping_is_of_x0_and_can_be_left_out():

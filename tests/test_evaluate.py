@@ -127,7 +127,7 @@ def test_the_table_of_a_checkpoint_and_of_its_npz_agree(judged, tmp_path, mnist_
         assert name in printed
     model, config = load_model(tmp_path / "model.pth")
     y = load_dataset("mnist", mnist_dir, train=False).labels[:200]
-    images, _ = evaluate.draw(model, config, y, config.seed)
+    images, _ = evaluate.timed_draw(model, config, y, config.seed)
     np.savez(tmp_path / "s.npz", images.permute(0, 2, 3, 1).numpy(), y.numpy())
     evaluate.main(["--npz", str(tmp_path / "s.npz"), "--data-dir", mnist_dir, "--json", str(tmp_path / "b.json")])
     from_npz = json.loads((tmp_path / "b.json").read_text())

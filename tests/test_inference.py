@@ -6,7 +6,7 @@ from conftest import ROOT, assert_one_line_error, random_dit, run
 from PIL import Image
 
 import inference
-from checkpoint import build_process, denoise, load_model, model_config, save_file
+from checkpoint import build_process, load_model, model_config, save_file
 from config import Config, UserError
 from dataset import denormalize
 from inference import parse_labels
@@ -125,11 +125,8 @@ def share_read_as_asked(read_digits, count, **changes) -> float:
     """Of `count` samples of the shipped weights, the share that the nearest training digit reads as asked for."""
     model, config = load_model(ROOT / "model.pth")
     y, generator = torch.arange(count) % 10, torch.Generator().manual_seed(0)
-    images = []
-    for part in y.split(inference.BATCH_SIZE):
-        *_, x = denoise(model, config.replace(**changes), part, generator)
-        images.append(x)
-    return (read_digits(torch.cat(images)) == y).float().mean().item()
+    images = inference.draw(model, config.replace(**changes), y, generator)
+    return (read_digits(images) == y).float().mean().item()
 
 
 def test_the_shipped_weights_draw_the_digits_asked_for(read_digits):
