@@ -1,3 +1,4 @@
+import csv
 import json
 
 import numpy as np
@@ -11,8 +12,9 @@ import classifier
 import evaluate
 from checkpoint import load_model, model_config, save_file
 from classifier import Classifier, judge_of, load_classifier
-from config import Config, UserError
+from config import SAMPLERS, Config, UserError
 from dataset import load_dataset, normalize
+from docs import quality
 from evaluate import frechet_distance, inception_score, kth_neighbour, measure, nearest_distance, share_within
 
 
@@ -158,3 +160,15 @@ def test_a_file_that_is_no_classifier_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no classifier"):
         load_classifier(tmp_path / "classifier.pth")
     assert Classifier(3, 7)(torch.zeros(2, 3, 20, 20))[1].shape == (2, 7)
+
+
+def test_the_measured_curves_are_of_every_sampler_and_setting():
+    with open(ROOT / "docs" / "quality.csv") as file:
+        rows = list(csv.DictReader(file))
+    for process in SAMPLERS:
+        measured = [row for row in rows if row["process"] == process]
+        expected = quality.settings(process)
+        assert len(measured) == len(expected)
+        for row, setting in zip(measured, expected):
+            assert all(row[name] == str(value) for name, value in setting.items())
+            assert 0 < float(row["accuracy"]) <= 1 and float(row["FD_ratio"]) > 0

@@ -118,7 +118,7 @@ def test_guidance_and_bad_settings():
 
 
 def test_options_of_the_other_process_are_refused():
-    assert preset("digits", process="flow_matching").sampler == "heun"
+    assert preset("digits", process="flow_matching").sampler == "euler"
     with pytest.raises(UserError, match="schedule is an option of process diffusion, not of flow_matching"):
         preset("digits", process="flow_matching", schedule="linear")
     with pytest.raises(UserError, match="prediction 'noise' is not one of process flow_matching's: x0, v"):
