@@ -41,7 +41,7 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, 128) and logits (N, K) of any number of images, in batches."""
-        features, logits = zip(*(self(part) for part in x.split(1000)))
+        features, logits = zip(*(self(part) for part in x.split(200)))
         return torch.cat(features), torch.cat(logits)
 
 
@@ -90,7 +90,7 @@ def load_classifier(path: str | Path) -> Classifier:
         model.load_state_dict(state)
     except Exception as error:
         raise UserError(f"{path} holds no classifier; delete it to have one trained") from error
-    return model.eval()
+    return model.eval().to(memory_format=torch.channels_last)  # the faster order of pixels on a CPU
 
 
 def judge_of(dataset: str, data_dir: str, images: Tensor, labels: Tensor) -> Classifier:

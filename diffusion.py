@@ -52,8 +52,8 @@ def draw_time(
 def forgive_overshoot(target: Tensor, x0: Tensor, limit: float = 1.1) -> Tensor:
     """The target of an estimate x0, except that black may be answered by up to -limit and white by up to limit.
 
-    The last x_0 is clipped to [-1, 1], so those are no errors. Were they punished, the estimates would scatter about
-    -1 wherever the image is black, and clipping would leave grey grain there.
+    Pixels are clipped to [-1, 1] in the end, so those are no errors. Were they punished, the estimates would scatter
+    about -1 wherever the image is black, and clipping would leave grey grain there.
     """
     beyond = (target.abs() == 1) & (x0 * target > 1)
     return torch.where(beyond, x0.detach().clamp(-limit, limit), target)
@@ -165,6 +165,7 @@ class Diffusion:
         steps: int = 50,
         sampler: str = "ddim",
         cfg_scale: float = 1.0,
+        cfg_interval: tuple[float, float] = (0.0, 1.0),
         generator: Generator | None = None,
         eta: float = 0.0,
     ) -> Iterator[Tensor]:
@@ -175,6 +176,8 @@ class Diffusion:
             steps: network calls, 1 to T.
             sampler: "ddpm" (ancestral; Ho et al., 2020), "ddim" (Song et al., 2021) or "dpm++" (Lu et al., 2022).
             cfg_scale: guidance, 1 for none.
+            cfg_interval: guide only where the noise level (t + 1) / T is above the first and at most the second of
+                these: early guidance costs variety, late guidance does little (Kynkaanniemi et al., 2024).
             generator: source of the noise that ddpm adds, and ddim with eta.
             eta: ddim's share of that noise, 0 (none) to 1 (as much as ddpm).
 
@@ -184,10 +187,12 @@ class Diffusion:
         if sampler not in self.samplers:
             raise ValueError(f"sampler {sampler!r} is not one of {', '.join(self.samplers)}")
         timesteps = self.timesteps(steps)
+        cfg_low, cfg_high = cfg_interval
         x, last = noise, None
         yield x
         for t, t_next in zip(timesteps, timesteps[1:] + [-1]):
-            output = guided(model, x, torch.full((len(x),), t, device=x.device), y, cfg_scale)
+            scale = cfg_scale if cfg_low < (t + 1) / self.num_timesteps <= cfg_high else 1.0
+            output = guided(model, x, torch.full((len(x),), t, device=x.device), y, scale)
             x0 = self.predict_x0(output, x, t)
             z = torch.randn(x.shape, device=x.device, generator=generator) if sampler == "ddpm" or eta else None
             if sampler == "ddpm":
@@ -222,18 +227,16 @@ class Diffusion:
     def dpm_solver_step(self, x: Tensor, x0: Tensor, t: int, t_next: int, last: tuple[Tensor, int] | None) -> Tensor:
         """DPM-Solver++(2M) (Lu et al., 2022, algorithm 2): the step for an x_0 that moves in a straight line.
 
-        The line is drawn through this estimate of x_0 and the last one, in time lambda = log(signal / noise).
+        The line is drawn through this estimate of x_0 and the last one, in time lambda = log(signal / noise), which is
+        half the logit of alphas_cumprod.
         """
-        acp, acp_next = self.alphas_at(t, t_next)
         if t_next < 0:
             return x0
-
-        def log_signal_to_noise(alphas_cumprod: Tensor) -> Tensor:
-            return (alphas_cumprod.log() - (1 - alphas_cumprod).log()) / 2
-
-        h = log_signal_to_noise(acp_next) - log_signal_to_noise(acp)
+        acp, acp_next = self.alphas_at(t, t_next)
+        lambda_t = acp.logit() / 2
+        h = acp_next.logit() / 2 - lambda_t
         if last is not None:
             x0_last, t_last = last
-            h_last = log_signal_to_noise(acp) - log_signal_to_noise(self.alphas_cumprod[t_last])
+            h_last = lambda_t - self.alphas_cumprod[t_last].logit() / 2
             x0 = x0 + (x0 - x0_last) * h / h_last / 2  # where the line is half way to t_next
         return ((1 - acp_next) / (1 - acp)).sqrt() * x - acp_next.sqrt() * torch.expm1(-h) * x0

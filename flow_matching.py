@@ -59,6 +59,7 @@ class FlowMatching:
         steps: int = 50,
         sampler: str = "euler",
         cfg_scale: float = 1.0,
+        cfg_interval: tuple[float, float] = (0.0, 1.0),
         generator: Generator | None = None,
     ) -> Iterator[Tensor]:
         """The reverse process: yields x_1 = noise (B, C, H, W), then every x after it, x_0 last: steps + 1 in all.
@@ -67,8 +68,9 @@ class FlowMatching:
             y: labels (B,); model.num_classes means "any".
             steps: of the uniform grid from 1 to 0.
             sampler: "euler", or "heun": the mean of the velocities at a step's two ends, of second order; the last
-                step is Euler's, for at t = 0 there is no way left to go (Karras et al., 2022, algorithm 1).
+                step is Euler's, for from x0 no velocity follows at t = 0 (Karras et al., 2022, algorithm 1).
             cfg_scale: guidance, 1 for none.
+            cfg_interval: guide only where t is above the first and at most the second of these.
             generator: not used; the way back is not random.
         """
         if sampler not in self.samplers:
@@ -76,8 +78,11 @@ class FlowMatching:
         if steps < 1:
             raise ValueError(f"sample_steps {steps} is not at least 1")
 
+        cfg_low, cfg_high = cfg_interval
+
         def velocity(x: Tensor, t: float) -> Tensor:
-            output = guided(model, x, torch.full((len(x),), NUM_TIMESTEPS * t, device=x.device), y, cfg_scale)
+            scale = cfg_scale if cfg_low < t <= cfg_high else 1.0
+            output = guided(model, x, torch.full((len(x),), NUM_TIMESTEPS * t, device=x.device), y, scale)
             return (x - output) / t if self.prediction == "x0" else output
 
         times = [1 - i / steps for i in range(steps + 1)]

@@ -1,6 +1,6 @@
 """Sample from a trained DiT: `python inference.py` turns noise into digits, and draws the way there.
 
-One generator, `Diffusion.sample`, feeds everything: the strip (a row per label, noise at the left, digit at the
+One generator, the process's `sample`, feeds everything: the strip (a row per label, noise at the left, digit at the
 right), the animation (--gif), a grid (--num-samples) and arrays for evaluation (--num-samples with --npz).
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from checkpoint import denoise, load_model, network_evaluations
-from config import Config, Parser, UserError, run_script
+from checkpoint import denoise, load_model, sampling_of
+from config import SAMPLING, Config, Parser, UserError, run_script
 from dataset import denormalize
 from dit import DiT
 from machine import choose_device
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("Turn noise into images with a trained DiT.")
     parser.add_argument("--checkpoint", default="model.pth", metavar="FILE", help="weights (default: model.pth)")
     parser.add_argument("--labels", metavar="LABELS", help="a digit a character, or numbers with commas (default: all)")
-    parser.add_fields("sampler", "sample_steps", "cfg_scale", "eta", "seed", default="the checkpoint's")
+    parser.add_fields(*SAMPLING, "seed", default="the checkpoint's")
     parser.add_fields("device")
     parser.add_argument("--output", metavar="FILE", help="the picture (default: inference.png)")
     parser.add_argument("--gif", metavar="FILE", help="write an animation")
@@ -143,10 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         Image.fromarray(mosaic(images, round(num_samples**0.5))).save(output)
     elif output:
         save_strip(frames, labels, output)
-    print(
-        f"{count} images by {config.sample_steps} steps of {config.sampler}, guidance {config.cfg_scale}: "
-        f"{network_evaluations(config)} network evaluations an image, {seconds:.1f} s on {device}"
-    )
+    print(f"{count} images by {sampling_of(config)} an image, {seconds:.1f} s on {device}")
     print("written: " + ", ".join(path for path in (output, gif, npz) if path))
 
 

@@ -55,7 +55,8 @@ def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optim
     that both take the same learning rate (Liu et al., 2025).
     """
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if config.optimizer == "muon" else []
-    rest = [p for p in model.parameters() if p.requires_grad and p not in set(matrices)]
+    chosen = set(matrices)
+    rest = [p for p in model.parameters() if p.requires_grad and p not in chosen]
     optimizers = [torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)]
     if matrices:
         settings = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
@@ -146,7 +147,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     print(f"device     {device}, {config.precision}, {torch.get_num_threads()} threads, compile {config.compile}")
     print(f"data       {data.name}: {len(images):,} images of {tuple(images.shape[1:])}, {config.num_classes} labels")
     print(f"model      {parameters:,} parameters: hidden {config.hidden_size}, depth {config.depth}")
-    options = ("prediction", *OPTIONS[config.process], "time_sampling")
+    options = ("prediction", *OPTIONS[config.process], "time_sampling", "time_mean")
     print(f"process    {config.process}: " + ", ".join(f"{name} {getattr(config, name)}" for name in options))
     print(f"steps      {step:,} of {config.train_steps:,} done, {config.batch_size} images each")
     print(f"files      {out_dir}/: checkpoint.pth, model.pth, loss.csv, loss.png, samples/", flush=True)

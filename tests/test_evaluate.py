@@ -104,7 +104,9 @@ def test_a_classifier_learns_is_kept_and_leaves_out_the_last_images(tmp_path, mo
     seen = []
     monkeypatch.setattr(classifier, "normalize", lambda part: seen.append(part) or normalize(part))
     model = judge_of("blocks", str(tmp_path), images, labels)
-    assert len(torch.cat(seen).unique(dim=0)) <= 500
+    seen = torch.cat(seen).flatten(1)
+    assert len(seen.unique(dim=0)) <= 500
+    assert not any((image.flatten() == seen).all(1).any() for image in images[-100:])
     assert (model.read(normalize(images))[1].argmax(1) == labels).float().mean() > 0.95
     monkeypatch.setattr(classifier, "train_classifier", lambda *_: pytest.fail("trained again"))
     again = judge_of("blocks", str(tmp_path), images, labels)
@@ -123,8 +125,10 @@ def test_the_table_of_a_checkpoint_and_of_its_npz_agree(judged, tmp_path, mnist_
     report = json.loads((tmp_path / "a.json").read_text())
     assert len(report["generated"]) == 2 and report["generated"][0] != report["generated"][1]
     assert report["real"]["accuracy"] > 0.97 and report["FD ratio"] > 1
+    assert report["real"]["nearest"] > 1  # the real column is no training image
+    assert report["evaluations"] == 2 and report["sampler"] == "ddim"
     printed = capsys.readouterr().out
-    assert "200 images, ddim, 2 steps, guidance 1.0: 2 network evaluations an image" in printed
+    assert "200 images of mnist, ddim, 2 steps, guidance 1.0: 2 network evaluations an image" in printed
     for name in ("accuracy", "FD", "IS", "precision", "recall", "nearest", "FD ratio"):
         assert name in printed
     model, config = load_model(tmp_path / "model.pth")
@@ -146,6 +150,8 @@ def test_the_table_of_a_checkpoint_and_of_its_npz_agree(judged, tmp_path, mnist_
         (["--checkpoint", "nowhere.pth"], "nowhere.pth does not exist"),
         (["--npz", str(ROOT / "README.md")], "is not an .npz of images"),
         (["--npz", "nowhere.npz"], "is not an .npz of images"),
+        (["--npz", "nowhere.npz", "--sample-steps", "3"], "--sample-steps would change nothing"),
+        (["--json", "/no/such/folder/a.json"], "its folder does not exist"),
         (["--sampler", "heun"], "not one of process diffusion's"),
     ],
 )
@@ -153,6 +159,45 @@ def test_bad_flags_are_refused(flags, message):
     with pytest.raises(UserError) as error:
         evaluate.main(flags)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "images, labels, message",
+    [
+        (torch.zeros(200, 28, 28, 1), torch.zeros(200).long(), "arr_0 is torch.float32"),
+        (torch.zeros(200, 28, 28, 1).byte(), torch.zeros(200), "arr_1 torch.float32"),
+        (torch.zeros(200, 28, 28, 1).byte(), torch.zeros(199).long(), "(199,)"),
+        (
+            torch.zeros(200, 28, 28, 3).byte(),
+            torch.zeros(200).long(),
+            "images of (3, 28, 28)",
+        ),
+        (torch.zeros(200, 27, 27, 1).byte(), torch.zeros(200).long(), "images of (1, 27, 27)"),
+        (torch.zeros(200, 30, 28, 1).byte(), torch.zeros(200).long(), "images of (1, 30, 28)"),
+        (torch.zeros(200, 28, 28, 1).byte(), torch.full((200,), 10), "labels 10 to 10 are not"),
+        (torch.zeros(200, 28, 28, 1).byte(), torch.full((200,), -1), "labels -1 to -1"),
+    ],
+)
+def test_an_npz_that_does_not_fit_is_refused(images, labels, message, tmp_path, mnist_dir):
+    np.savez(tmp_path / "s.npz", images.numpy(), labels.numpy())
+    with pytest.raises(UserError) as error:
+        evaluate.main(["--npz", str(tmp_path / "s.npz"), "--data-dir", mnist_dir])
+    assert message in str(error.value)
+
+
+def test_a_checkpoint_that_does_not_fit_the_data_is_refused(tmp_path, mnist_dir):
+    for sizes, message in ((dict(num_classes=7), "draws 7 classes"), (dict(in_channels=3), "images of (3, 28, 28)")):
+        sizes |= dict(image_size=28, patch_size=14, hidden_size=32, depth=1, num_heads=2)
+        config = model_config(Config(**sizes, dataset="mnist"))
+        save_file({"model": random_dit(**sizes).state_dict(), "config": config}, tmp_path / "model.pth")
+        with pytest.raises(UserError) as error:
+            evaluate.main(["--checkpoint", str(tmp_path / "model.pth"), "--data-dir", mnist_dir])
+        assert message in str(error.value)
+
+
+def test_the_margin_of_padded_images_is_cropped_before_judging(mnist_dir):
+    data, padded = (load_dataset("mnist", mnist_dir, train=False, image_size=size) for size in (None, 33))
+    assert padded.images.shape[-1] == 33 and torch.equal(evaluate.crop(padded.images[:10], 28), data.images[:10])
 
 
 def test_a_file_that_is_no_classifier_is_refused(tmp_path):

@@ -4,8 +4,9 @@ from conftest import random_dit
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import train
-from checkpoint import load_model, network_evaluations
+from checkpoint import build_process, load_model, network_evaluations
 from config import Config, UserError, preset
+from diffusion import Diffusion
 from flow_matching import FlowMatching
 
 
@@ -121,6 +122,8 @@ def test_options_of_the_other_process_are_refused():
     assert preset("digits", process="flow_matching").sampler == "euler"
     with pytest.raises(UserError, match="schedule is an option of process diffusion, not of flow_matching"):
         preset("digits", process="flow_matching", schedule="linear")
+    with pytest.raises(UserError, match="preset classic sets it, so choose another"):
+        preset("classic", process="flow_matching")
     with pytest.raises(UserError, match="prediction 'noise' is not one of process flow_matching's: x0, v"):
         preset("digits", process="flow_matching", prediction="noise")
     with pytest.raises(UserError, match="flow_matching's: euler, heun"):
@@ -128,11 +131,39 @@ def test_options_of_the_other_process_are_refused():
 
 
 def test_network_evaluations_are_counted():
-    config = Config(sample_steps=25, cfg_scale=1.0)
-    assert network_evaluations(config) == 25
+    config = Config(sampler="ddim", sample_steps=25, cfg_scale=1.0)
+    assert network_evaluations(config) == network_evaluations(config.replace(sampler="dpm++")) == 25
     assert network_evaluations(config.replace(cfg_scale=2.0)) == 50
+    assert network_evaluations(config.replace(cfg_scale=2.0, cfg_low=0.6)) == 35  # guided at 1.00, 0.96, ... 0.64
+    assert network_evaluations(config.replace(cfg_scale=2.0, cfg_high=0.4)) == 35  # and at 0.40, 0.36, ... 0.04
     heun = config.replace(process="flow_matching", sampler="heun")
     assert network_evaluations(heun) == 49 and network_evaluations(heun.replace(cfg_scale=1.5)) == 98
+    assert network_evaluations(heun.replace(sampler="euler", cfg_scale=1.5, cfg_low=0.3, cfg_high=0.5)) == 30
+    assert all(network_evaluations(preset(name)) <= 100 for name in ("digits", "flow", "long"))
+
+
+@pytest.mark.parametrize("process", [Diffusion(), FlowMatching()])
+def test_guidance_is_of_the_interval_alone(process):
+    class Spy(Oracle):
+        def forward(self, x, t, y):
+            calls.append((t[0].item() / 1000, len(x), y.tolist()))
+            return super().forward(x, t, y)
+
+    calls, x, y = [], torch.randn(1, 1, 8, 8), torch.tensor([3])
+    list(process.sample(Spy(), x, y, steps=10, sampler=process.samplers[0], cfg_scale=2.0, cfg_interval=(0.35, 0.75)))
+    assert len(calls) == 10
+    for time, count, labels in calls:
+        assert (count, labels) == ((2, [3, 10]) if 0.35 < time < 0.75 else (1, [3]))
+
+
+def test_a_process_is_built_with_all_its_options():
+    shared = dict(prediction="v", time_sampling="uniform", time_mean=0.3)
+    diffusion = build_process(Config(**shared, schedule="linear", loss="l1"))
+    flow = build_process(preset("flow", **shared))
+    for process in (diffusion, flow):
+        assert all(getattr(process, name) == value for name, value in shared.items())
+    assert torch.equal(diffusion.alphas_cumprod, Diffusion("linear").alphas_cumprod)
+    assert diffusion.loss_function is torch.nn.functional.l1_loss and isinstance(flow, FlowMatching)
 
 
 def test_a_flow_trains_and_samples_through_the_same_scripts(tmp_path, glyphs_dir):

@@ -6,7 +6,7 @@ from conftest import ROOT, assert_one_line_error, random_dit, run
 from PIL import Image
 
 import inference
-from checkpoint import build_process, load_model, model_config, save_file
+from checkpoint import build_process, denoise, load_model, model_config, save_file
 from config import Config, UserError
 from dataset import denormalize
 from inference import parse_labels
@@ -31,7 +31,7 @@ def infer(model_file, *flags) -> None:
 def test_strip(model_file, tmp_path, capsys):
     infer(model_file, "--output", tmp_path / "strip.png", "--labels", "0,12,3")
     assert Image.open(tmp_path / "strip.png").size[0] > 300
-    assert "3 images by 6 steps of ddim, guidance 2.0: 12 network evaluations an image" in capsys.readouterr().out
+    assert "3 images by ddim, 6 steps, guidance 2.0: 12 network evaluations an image" in capsys.readouterr().out
 
 
 def test_gif_shows_the_way_to_the_digits(model_file, tmp_path):
@@ -71,6 +71,15 @@ def test_samples_are_those_of_the_process(model_file, tmp_path):
     assert (np.load(tmp_path / "s.npz")["arr_0"] == denormalize(x).permute(0, 2, 3, 1).numpy()).all()
 
 
+def test_many_are_drawn_in_batches(model_file, monkeypatch):
+    model, config = load_model(model_file)
+    y, generator = torch.arange(7), torch.Generator().manual_seed(1)
+    monkeypatch.setattr(inference, "BATCH_SIZE", 3)
+    images = inference.draw(model, config, y, torch.Generator().manual_seed(1))
+    parts = [list(denoise(model, config, part, generator))[-1] for part in y.split(3)]
+    assert torch.equal(images, torch.cat(parts))
+
+
 def test_labels_are_parsed():
     assert parse_labels("0123", 10) == [0, 1, 2, 3]
     assert parse_labels("207,360", 1000) == [207, 360] and parse_labels("207,", 1000) == [207]
@@ -90,6 +99,8 @@ def test_labels_are_parsed():
         (["--sampler", "heun"], "'heun' is not one of process diffusion's: ddpm, ddim, dpm++"),
         (["--sampler", "ddpm", "--eta", "1"], "eta 1.0 is an option of sampler ddim"),
         (["--cfg-scale", "nan"], "cfg_scale is nan"),
+        (["--cfg-low", "0.9", "--cfg-high", "0.5"], "cfg_low is 0.9; it must be at least 0, and less than cfg_high"),
+        (["--cfg-high", "1.5"], "cfg_high is 1.5; it must be at most 1"),
         (["--num-samples", "-3"], "num_samples is -3; it must be at least 1"),
         (["--npz", "s.npz"], "--npz needs --num-samples"),
         (["--num-samples", "3", "--gif", "a.gif"], "leave out --num-samples"),

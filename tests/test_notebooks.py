@@ -34,3 +34,4 @@ def test_is_committed_as_it_ran(name):
     assert not any(output.output_type == "error" for output in outputs)
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
     assert "xercises" in notebook.cells[-1].source
+    assert not any("ANSWER_" in cell.source for cell in notebook.cells)
