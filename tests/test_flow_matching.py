@@ -131,7 +131,7 @@ def test_options_of_the_other_process_are_refused():
 
 
 def test_network_evaluations_are_counted():
-    config = Config(sampler="ddim", sample_steps=25, cfg_scale=1.0)
+    config = Config(sampler="ddim", sample_steps=25, cfg_scale=1.0, cfg_low=0.0, cfg_high=1.0)
     assert network_evaluations(config) == network_evaluations(config.replace(sampler="dpm++")) == 25
     assert network_evaluations(config.replace(cfg_scale=2.0)) == 50
     assert network_evaluations(config.replace(cfg_scale=2.0, cfg_low=0.6)) == 35  # guided at 1.00, 0.96, ... 0.64

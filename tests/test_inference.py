@@ -19,7 +19,7 @@ def model_file(tmp_path_factory):
     """A tiny model of random weights with 13 classes."""
     path = tmp_path_factory.mktemp("model") / "model.pth"
     sizes = dict(image_size=8, patch_size=4, hidden_size=32, depth=1, num_heads=2, num_classes=13)
-    config = Config(**sizes, in_channels=1, sampler="ddim", sample_steps=6, cfg_scale=2.0)
+    config = Config(**sizes, in_channels=1, sampler="ddim", sample_steps=6, cfg_scale=2.0, cfg_low=0.0, cfg_high=1.0)
     save_file({"model": random_dit(**sizes).state_dict(), "config": model_config(config)}, path)
     return path
 
