@@ -158,11 +158,11 @@ def test_guidance_is_of_the_interval_alone(process):
 
 def test_a_process_is_built_with_all_its_options():
     shared = dict(prediction="v", time_sampling="uniform", time_mean=0.3)
-    diffusion = build_process(Config(**shared, schedule="linear", loss="l1"))
+    diffusion = build_process(Config(**shared, schedule="cosine", loss="l1"))  # neither is Diffusion's default
     flow = build_process(preset("flow", **shared))
     for process in (diffusion, flow):
         assert all(getattr(process, name) == value for name, value in shared.items())
-    assert torch.equal(diffusion.alphas_cumprod, Diffusion("linear").alphas_cumprod)
+    assert torch.equal(diffusion.alphas_cumprod, Diffusion("cosine").alphas_cumprod)
     assert diffusion.loss_function is torch.nn.functional.l1_loss and isinstance(flow, FlowMatching)
 
 
