@@ -68,7 +68,7 @@ class FlowMatching:
             y: labels (B,); model.num_classes means "any".
             steps: of the uniform grid from 1 to 0.
             sampler: "euler", or "heun": the mean of the velocities at a step's two ends, of second order; the last
-                step is Euler's, for from x0 no velocity follows at t = 0 (Karras et al., 2022, algorithm 1).
+                step is Euler's, since an estimate of x_0 gives no velocity at t = 0 (Karras et al., 2022, algorithm 1).
             cfg_scale: guidance, 1 for none.
             cfg_interval: guide only where t is above the first and at most the second of these.
             generator: not used; the way back is not random.

@@ -1,4 +1,4 @@
-"""Quality against network evaluations and against guidance, measured: `python -m docs.quality`, about 20 minutes.
+"""Quality against network evaluations and against guidance, measured: `python -m docs.quality`, about 15 minutes.
 
 Writes docs/quality.csv, a row for each setting, and docs/quality.png, the picture of it, from the shipped weights
 (for the diffusion's samplers) and those of `python train.py --preset flow` (for the flow's). Each setting is judged by

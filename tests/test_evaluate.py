@@ -167,11 +167,7 @@ def test_bad_flags_are_refused(flags, message):
         (torch.zeros(200, 28, 28, 1), torch.zeros(200).long(), "arr_0 is torch.float32"),
         (torch.zeros(200, 28, 28, 1).byte(), torch.zeros(200), "arr_1 torch.float32"),
         (torch.zeros(200, 28, 28, 1).byte(), torch.zeros(199).long(), "(199,)"),
-        (
-            torch.zeros(200, 28, 28, 3).byte(),
-            torch.zeros(200).long(),
-            "images of (3, 28, 28)",
-        ),
+        (torch.zeros(200, 28, 28, 3).byte(), torch.zeros(200).long(), "images of (3, 28, 28)"),
         (torch.zeros(200, 27, 27, 1).byte(), torch.zeros(200).long(), "images of (1, 27, 27)"),
         (torch.zeros(200, 30, 28, 1).byte(), torch.zeros(200).long(), "images of (1, 30, 28)"),
         (torch.zeros(200, 28, 28, 1).byte(), torch.full((200,), 10), "labels 10 to 10 are not"),
