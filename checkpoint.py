@@ -71,6 +71,9 @@ def build_model(config: Config) -> DiT:
         depth=config.depth,
         num_heads=config.num_heads,
         num_classes=config.num_classes,
+        learn_sigma=config.learn_sigma,
+        block=config.block,
+        activation_checkpointing=config.activation_checkpointing,
     )
 
 

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit import PAPER_MODELS
+from dit_block import BLOCKS
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: the message says what, which value, and what to do."""
@@ -31,7 +34,7 @@ def option(default: Any, help: str, type: Callable = str, choices: tuple = ()) -
 # What the network may predict in each process, what each samples with, and the options that only it has.
 PREDICTIONS = {"diffusion": ("noise", "x0", "v"), "flow_matching": ("x0", "v")}
 SAMPLERS = {"diffusion": ("ddpm", "ddim", "dpm++"), "flow_matching": ("euler", "heun")}
-OPTIONS = {"diffusion": ("schedule", "loss", "eta"), "flow_matching": ()}
+OPTIONS = {"diffusion": ("schedule", "loss", "learn_sigma", "clip_x0", "eta"), "flow_matching": ()}
 # The fields that say how to sample: flags of inference.py and evaluate.py too.
 SAMPLING = ("sampler", "sample_steps", "cfg_scale", "cfg_low", "cfg_high", "eta")
 
@@ -70,6 +73,26 @@ PRESETS = {
         cfg_scale=1.0,
     ),
 }
+PAPER_RECIPE = dict(  # Peebles & Xie, section 4; their images are latents of 32 x 32 x 4
+    image_size=32,
+    prediction="noise",
+    schedule="linear",
+    learn_sigma=True,
+    time_sampling="uniform",
+    train_steps=400_000,
+    learning_rate=1e-4,
+    lr_decay="constant",
+    warmup_steps=0,
+    weight_decay=0.0,
+    batch_size=256,
+    ema_decay=0.9999,
+    sampler="ddpm",
+    sample_steps=250,
+    cfg_scale=1.5,
+    cfg_low=0.0,
+    cfg_high=1.0,
+)
+PRESETS |= {name: PAPER_RECIPE | sizes for name, sizes in PAPER_MODELS.items()}
 
 
 @dataclass(frozen=True)
@@ -86,11 +109,14 @@ class Config:
     hidden_size: int = option(192, "width of a token", int)
     depth: int = option(6, "number of transformer blocks", int)
     num_heads: int = option(4, "attention heads of a block", int)
+    block: str = option("adaLN-Zero", "how t and y enter the blocks (the paper's Figure 3)", choices=tuple(BLOCKS))
     # Process
     process: str = option("diffusion", "how noise and data are joined", choices=tuple(SAMPLERS))
     prediction: str = option("x0", "what the network predicts", choices=PREDICTIONS["diffusion"])
     schedule: str = option("cosine", "noise schedule", choices=("linear", "cosine"))
     loss: str = option("mse", "distance between prediction and target", choices=("mse", "l1"))
+    learn_sigma: bool = option(False, "learn the variance of ddpm's steps too", bool)
+    clip_x0: bool = option(True, "clip estimates of x_0 to [-1, 1]: right for pixels, wrong for latents", bool)
     time_sampling: str = option("logit_normal", "how training draws t", choices=("uniform", "logit_normal"))
     time_mean: float = option(1.0, "logit-normal's mean; above 0, more noise than data", float)
     # Training
@@ -110,6 +136,8 @@ class Config:
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = option("auto", "auto: bf16 where the machine gains from it", choices=("auto", "fp32", "bf16"))
     compile: str = option("auto", "torch.compile the training step; auto: in long runs", choices=("auto", "on", "off"))
+    activation_checkpointing: bool = option(False, "less memory for a third more work", bool)
+    accumulation_steps: int = option(1, "compute a step's gradient in so many parts: less memory", int)
     log_every: int = option(50, "steps between rows of loss.csv", int)
     sample_every: int = option(1000, "steps between sample grids", int)
     checkpoint_every: int = option(1000, "steps between checkpoints", int)
@@ -134,11 +162,13 @@ class Config:
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{field.name} is {value}; give a finite number")
         at_least_1 = "patch_size hidden_size depth num_heads in_channels num_classes batch_size"
-        at_least_1 += " train_steps log_every sample_every checkpoint_every sample_steps"
+        at_least_1 += " train_steps log_every sample_every checkpoint_every sample_steps accumulation_steps"
         for name in at_least_1.split():
             self.require(name, getattr(self, name) >= 1, "at least 1")
         for name in "warmup_steps weight_decay".split():
             self.require(name, getattr(self, name) >= 0, "0 or more")
+        divides = self.batch_size % self.accumulation_steps == 0
+        self.require("accumulation_steps", divides, f"a divisor of batch_size, {self.batch_size}")
         self.require("seed", 0 <= self.seed < 2**63, "0 or more, and less than 2**63")
         self.require("learning_rate", self.learning_rate > 0, "more than 0")
         self.require("grad_clip", self.grad_clip > 0, "more than 0")
@@ -177,7 +207,7 @@ class Config:
     @property
     def run_dir(self) -> Path:
         """The folder of the run: out_dir, or runs/PRESET."""
-        return Path(self.out_dir or f"runs/{self.preset}")
+        return Path(self.out_dir or f"runs/{self.preset.replace('/', '-')}")
 
     def replace(self, **changes: Any) -> "Config":
         """A copy with some fields changed, checked anew."""
@@ -215,13 +245,12 @@ class Parser(argparse.ArgumentParser):
         for name in names:
             field, meta = fields[name], fields[name].metadata
             shown = default or field.default
-            self.add_argument(
-                "--" + name.replace("_", "-"),
-                type=meta["type"],
-                choices=meta["choices"] or None,
-                metavar=None if meta["choices"] else meta["type"].__name__.upper().replace("STR", "NAME"),
-                help=meta["help"] if shown is None else f"{meta['help']} (default: {shown})",
-            )
+            flag, help = "--" + name.replace("_", "-"), meta["help"] + ("" if shown is None else f" (default: {shown})")
+            if meta["type"] is bool:
+                self.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+                continue
+            metavar = None if meta["choices"] else meta["type"].__name__.upper().replace("STR", "NAME")
+            self.add_argument(flag, type=meta["type"], choices=meta["choices"] or None, metavar=metavar, help=help)
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -10,9 +10,18 @@ Modules bear the names of the paper's own code, so that its published weights lo
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from dit_block import DiTBlock, FinalLayer
+from dit_block import BLOCKS, FinalLayer
 from time_emb import TimestepEmbedder
+
+# The paper's sizes (its Table 1): depth, hidden size, heads. "DiT-XL/2" is size XL on patches of 2 x 2.
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+PAPER_MODELS = {
+    f"DiT-{size}/{patch_size}": dict(patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
+    for size, (depth, hidden_size, num_heads) in SIZES.items()
+    for patch_size in (8, 4, 2)
+}
 
 
 class PatchEmbed(nn.Module):
@@ -76,9 +85,12 @@ class DiT(nn.Module):
         num_heads: attention heads of a block.
         num_classes: labels are 0 ... num_classes - 1; num_classes itself is the null class.
         learn_sigma: predict a variance beside each value: 2C channels come out.
+        block: how t and y enter the blocks, a name of dit_block.BLOCKS.
+        activation_checkpointing: keep only the blocks' inputs for the backward pass, and compute the rest again there:
+            far less memory, a third more work (Chen et al., 2016).
 
     Raises:
-        ValueError: if the sizes do not divide as said above, naming both.
+        ValueError: if the sizes do not divide as said above, naming both, or for an unknown block.
     """
 
     def __init__(
@@ -91,14 +103,18 @@ class DiT(nn.Module):
         num_heads: int = 4,
         num_classes: int = 10,
         learn_sigma: bool = False,
+        block: str = "adaLN-Zero",
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} is not divisible by patch_size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads} and by 4")
+        if block not in BLOCKS:
+            raise ValueError(f"block {block!r} is not one of {', '.join(BLOCKS)}")
         self.image_size, self.patch_size, self.in_channels = image_size, patch_size, in_channels
-        self.num_classes = num_classes
+        self.num_classes, self.block, self.activation_checkpointing = num_classes, block, activation_checkpointing
         out_channels = 2 * in_channels if learn_sigma else in_channels
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -106,8 +122,8 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         pos_embed = sincos_pos_embed(hidden_size, image_size // patch_size)
         self.pos_embed = nn.Parameter(pos_embed, requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, out_channels)
+        self.blocks = nn.ModuleList(BLOCKS[block](hidden_size, num_heads) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, out_channels, adaptive=block.startswith("adaLN"))
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -122,18 +138,27 @@ class DiT(nn.Module):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        # The "Zero" of adaLN-Zero: all gates closed, and an output of exactly 0.
-        for zeroed in [block.adaLN_modulation[1] for block in self.blocks] + [
-            self.final_layer.adaLN_modulation[1],
-            self.final_layer.linear,
-        ]:
-            nn.init.zeros_(zeroed.weight)
-            nn.init.zeros_(zeroed.bias)
+        # The "Zero" of adaLN-Zero: all gates closed. And, in all designs, an output of exactly 0.
+        zeroed = [self.final_layer.linear]
+        if self.block == "adaLN-Zero":
+            zeroed += [part.adaLN_modulation[1] for part in (*self.blocks, self.final_layer)]
+        for linear in zeroed:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x (B, C, H, W), t (B,) int or float in [0, 1000), y (B,) int64 -> (B, C, H, W); 2C with learn_sigma."""
         tokens = self.x_embedder(x) + self.pos_embed  # (B, N, D)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        N = tokens.shape[1]
+        t, y = self.t_embedder(t), self.y_embedder(y)
+        c = t + y  # (B, D)
+        if self.block == "in-context":
+            tokens = torch.cat([tokens, t.unsqueeze(1), y.unsqueeze(1)], dim=1)  # (B, N + 2, D)
+        elif self.block == "cross-attention":
+            c = torch.stack([t, y], dim=1)  # (B, 2, D)
         for block in self.blocks:
-            tokens = block(tokens, c)
-        return unpatchify(self.final_layer(tokens, c), self.patch_size)
+            if self.activation_checkpointing:
+                tokens = checkpoint(block, tokens, c, use_reentrant=False)
+            else:
+                tokens = block(tokens, c)
+        return unpatchify(self.final_layer(tokens[:, :N], c), self.patch_size)

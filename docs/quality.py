@@ -7,6 +7,7 @@ Writes docs/quality.csv, a row for each setting, and docs/quality.png, the pictu
 
 import csv
 import sys
+from collections.abc import Callable
 
 import torch
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from checkpoint import load_model, network_evaluations
 from classifier import HELD_OUT, judge_of
 from config import SAMPLERS, SAMPLING, Config, run_script
 from dataset import denormalize, load_dataset, normalize
+from dit import DiT
 from evaluate import frechet_distance
 from inference import draw
 
@@ -39,21 +41,31 @@ def settings(process: str) -> list[dict]:
     return [dict(zip(SAMPLING, values)) for values in found]
 
 
+def scorer(dataset: str, num_samples: int) -> Callable[[DiT, Config], tuple[float, float]]:
+    """A function of a model and its config: the accuracy and FD ratio of num_samples images drawn with it."""
+    train, test = (load_dataset(dataset, Config().data_dir, train=part) for part in (True, False))
+    judge = judge_of(train.name, Config().data_dir, train.images, train.labels)
+    of_test, _ = judge.read(normalize(test.images))
+    of_real, _ = judge.read(normalize(train.images[-HELD_OUT:][:num_samples]))
+    real = frechet_distance(of_real, of_test)
+    y = test.labels[:num_samples]
+
+    def score(model: DiT, config: Config) -> tuple[float, float]:
+        images = denormalize(draw(model, config, y, torch.Generator().manual_seed(0)))
+        features, logits = judge.read(normalize(images))
+        accuracy = (logits.argmax(1) == y).float().mean().item()
+        return round(accuracy, 4), round(frechet_distance(features, of_test) / real, 4)
+
+    return score
+
+
 def measure(path: str) -> list[dict]:
     """Accuracy and FD ratio of each setting of a checkpoint's process, by NUM_SAMPLES images each."""
     model, config = load_model(path)
-    train, test = (load_dataset(config.dataset, Config().data_dir, train=part) for part in (True, False))
-    judge = judge_of(train.name, Config().data_dir, train.images, train.labels)
-    of_test, _ = judge.read(normalize(test.images))
-    of_real, _ = judge.read(normalize(train.images[-HELD_OUT:][:NUM_SAMPLES]))
-    real = frechet_distance(of_real, of_test)
-    y, rows = test.labels[:NUM_SAMPLES], []
+    score, rows = scorer(config.dataset, NUM_SAMPLES), []
     for setting in settings(config.process):
         config = config.replace(**setting)
-        images = denormalize(draw(model, config, y, torch.Generator().manual_seed(0)))
-        features, logits = judge.read(normalize(images))
-        figures = ((logits.argmax(1) == y).float().mean().item(), frechet_distance(features, of_test) / real)
-        values = (config.process, *setting.values(), network_evaluations(config), *(round(f, 4) for f in figures))
+        values = (config.process, *setting.values(), network_evaluations(config), *score(model, config))
         rows.append(dict(zip(COLUMNS, values)))
         print(*values, flush=True)
     return rows
