@@ -82,7 +82,8 @@ def build_process(config: Config) -> Diffusion | FlowMatching:
     shared = dict(prediction=config.prediction, time_sampling=config.time_sampling, time_mean=config.time_mean)
     if config.process == "flow_matching":
         return FlowMatching(**shared)
-    return Diffusion(schedule=config.schedule, loss=config.loss, **shared)
+    own = dict(schedule=config.schedule, loss=config.loss, learn_sigma=config.learn_sigma, clip_x0=config.clip_x0)
+    return Diffusion(**own, **shared)
 
 
 def denoise(model: DiT, config: Config, y: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
@@ -115,6 +116,7 @@ class Counter:
 def network_evaluations(config: Config) -> int:
     """Forward passes for one image, by the config's sampling fields; a guided step takes two, one of heun more."""
     counter = Counter()
+    config = config.replace(learn_sigma=False)  # the counter has no variance to tell
     list(denoise(counter, config, torch.zeros(1, dtype=torch.int64), torch.Generator()))
     return counter.images
 

@@ -38,6 +38,10 @@ OPTIONS = {"diffusion": ("schedule", "loss", "learn_sigma", "clip_x0", "eta"), "
 # The fields that say how to sample: flags of inference.py and evaluate.py too.
 SAMPLING = ("sampler", "sample_steps", "cfg_scale", "cfg_low", "cfg_high", "eta")
 
+# What the first diffusion models and the DiT paper have in common, in process and training.
+DDPM = dict(prediction="noise", schedule="linear", time_sampling="uniform", sampler="ddpm", cfg_low=0.0, cfg_high=1.0)
+DDPM |= dict(lr_decay="constant", warmup_steps=0, weight_decay=0.0)
+
 PRESETS = {
     "digits": {},  # the defaults: digits in ten minutes on a laptop's CPU
     "flow": dict(  # the same time, by rectified flow
@@ -54,45 +58,13 @@ PRESETS = {
         hidden_size=128,
         train_steps=28_000,
     ),
-    "classic": dict(  # the recipe of most teaching repositories, for comparison, in this one's model and loop
-        patch_size=4,
-        hidden_size=64,
-        depth=3,
-        prediction="noise",
-        schedule="linear",
-        loss="l1",
-        time_sampling="uniform",
-        train_steps=2000,
-        learning_rate=1e-3,
-        lr_decay="constant",
-        warmup_steps=0,
-        weight_decay=0.0,
-        batch_size=300,
-        sampler="ddpm",
-        sample_steps=1000,
-        cfg_scale=1.0,
-    ),
+    "classic": DDPM  # the recipe of most teaching repositories, for comparison, in this one's model and loop
+    | dict(patch_size=4, hidden_size=64, depth=3, loss="l1", learning_rate=1e-3, batch_size=300, train_steps=2000)
+    | dict(sample_steps=1000, cfg_scale=1.0),
 }
-PAPER_RECIPE = dict(  # Peebles & Xie, section 4; their images are latents of 32 x 32 x 4
-    image_size=32,
-    prediction="noise",
-    schedule="linear",
-    learn_sigma=True,
-    time_sampling="uniform",
-    train_steps=400_000,
-    learning_rate=1e-4,
-    lr_decay="constant",
-    warmup_steps=0,
-    weight_decay=0.0,
-    batch_size=256,
-    ema_decay=0.9999,
-    sampler="ddpm",
-    sample_steps=250,
-    cfg_scale=1.5,
-    cfg_low=0.0,
-    cfg_high=1.0,
-)
-PRESETS |= {name: PAPER_RECIPE | sizes for name, sizes in PAPER_MODELS.items()}
+for name, sizes in PAPER_MODELS.items():  # the paper's recipe; its images are latents of 32 x 32 x 4
+    PRESETS[name] = DDPM | dict(sizes, image_size=32, learn_sigma=True, sample_steps=250, cfg_scale=1.5)
+    PRESETS[name] |= dict(learning_rate=1e-4, batch_size=256, ema_decay=0.9999, train_steps=400_000)
 
 
 @dataclass(frozen=True)

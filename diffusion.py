@@ -5,6 +5,8 @@
               x_t and t and learns the noise (eq. 14), or x_0, or v = sqrt(acp) noise - sqrt(1 - acp) x_0
               (Salimans & Ho, 2022)
     reverse   from x_T ~ N(0, I): estimate x_0, step a little towards it, repeat                eq. 7
+              each step of ddpm adds noise, of a known variance or (learn_sigma) of one that the network's other
+              channels choose between the two extremes (Nichol & Dhariwal, 2021)
 
 Images x are (B, C, H, W) in [-1, 1]; timesteps t (B,) int64 in [0, T), T = 1000.
 """
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.distributions import Normal, kl_divergence
 
 
 def linear_alphas_cumprod(num_timesteps: int) -> Tensor:
@@ -68,7 +71,9 @@ def guided(model: Callable, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -
         return model(x, t, y)
     null = torch.full_like(y, model.num_classes)
     conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
-    return unconditional + cfg_scale * (conditional - unconditional)
+    guided = unconditional + cfg_scale * (conditional - unconditional)
+    C = x.shape[1]
+    return torch.cat([guided[:, :C], conditional[:, C:]], dim=1)  # a learned variance is the conditional one
 
 
 class Diffusion:
@@ -79,6 +84,7 @@ class Diffusion:
         prediction: what the network's output means: "noise", "x0" or "v".
         loss: "mse" or "l1", between that output and its target.
         time_sampling, time_mean: how training draws t (see draw_time).
+        learn_sigma: the network has 2C channels; the second C say the variance of ddpm's steps.
         clip_x0: clip each estimate of x_0 to [-1, 1] while sampling; right for pixels, wrong for latents.
         num_timesteps: T.
 
@@ -95,6 +101,7 @@ class Diffusion:
         loss: str = "mse",
         time_sampling: str = "uniform",
         time_mean: float = 0.0,
+        learn_sigma: bool = False,
         clip_x0: bool = True,
         num_timesteps: int = 1000,
     ):
@@ -105,13 +112,19 @@ class Diffusion:
         self.prediction = prediction
         self.time_sampling, self.time_mean = time_sampling, time_mean
         self.loss_function = LOSSES[loss]
+        self.learn_sigma = learn_sigma
         self.clip_x0 = clip_x0
         self.num_timesteps = num_timesteps
         self.alphas_cumprod = SCHEDULES[schedule](num_timesteps).float()
 
-    def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(alphas_cumprod_t), sqrt(1 - alphas_cumprod_t): t (B,) -> two (B, 1, 1, 1)."""
-        alphas_cumprod = self.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+    def alphas_cumprod_at(self, t: int | Tensor) -> Tensor:
+        """alphas_cumprod of t (B,) -> (B, 1, 1, 1), of an int -> (); past the last step, at t = -1, 1: no noise."""
+        table = F.pad(self.alphas_cumprod, (1, 0), value=1.0)
+        return table[t + 1] if isinstance(t, int) else table.to(t.device)[t + 1].view(-1, 1, 1, 1)
+
+    def signal_and_noise(self, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alphas_cumprod_t), sqrt(1 - alphas_cumprod_t): t (B,) -> two (B, 1, 1, 1), an int -> two ()."""
+        alphas_cumprod = self.alphas_cumprod_at(t)
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -128,20 +141,39 @@ class Diffusion:
         signal_scale, noise_scale = self.signal_and_noise(t)
         return signal_scale * noise - noise_scale * x0
 
-    def loss(self, model: Callable, x0: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
-        """The training loss at a random t for each image: x0 (B, C, H, W), y (B,) -> scalar (Ho et al., eq. 14)."""
+    def draw(self, x0: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+        """What is random in the loss of x0 (B, C, H, W): timesteps (B,) and noise (B, C, H, W)."""
         time = draw_time(len(x0), self.time_sampling, self.time_mean, x0.device, generator)
         t = (time * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
-        noise = torch.randn(x0.shape, device=x0.device, generator=generator)
-        output = model(self.q_sample(x0, t, noise), t, y).float()
+        return t, torch.randn(x0.shape, device=x0.device, generator=generator)
+
+    def loss(self, model: Callable, x0: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
+        """The training loss at a random t for each image: x0 (B, C, H, W) in [-1, 1], y (B,) -> scalar."""
+        return self.loss_at(model, x0, y, *self.draw(x0, generator))
+
+    def loss_at(self, model: Callable, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The loss at these timesteps, with this noise: L_simple (Ho et al., eq. 14), with learn_sigma L_hybrid.
+
+        L_hybrid = L_simple + 0.001 L_vlb, the sum of the T bounds, which teaches the variance alone (Nichol & Dhariwal,
+        eq. 16).
+        """
+        x = self.q_sample(x0, t, noise)
+        output, v = self.split(model(x, t, y).float())
         target = self.target(x0, t, noise)
         if self.prediction == "x0" and self.clip_x0:
             target = forgive_overshoot(target, output)
-        return self.loss_function(output, target)
+        loss = self.loss_function(output, target)
+        if v is not None:
+            loss = loss + 0.001 * self.num_timesteps * self.bound(x0, x, t, output.detach(), v).mean()
+        return loss
 
-    def predict_x0(self, output: Tensor, x: Tensor, t: int) -> Tensor:
-        """The estimate of x_0 that the network's output at x_t amounts to, clipped where clip_x0 says so."""
-        signal_scale, noise_scale = self.alphas_cumprod[t].sqrt(), (1 - self.alphas_cumprod[t]).sqrt()
+    def split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's output: its prediction (B, C, H, W) and, with learn_sigma, the variance's v, as large."""
+        return output.chunk(2, dim=1) if self.learn_sigma else (output, None)
+
+    def predict_x0(self, output: Tensor, x: Tensor, t: int | Tensor) -> Tensor:
+        """The estimate of x_0 that a prediction at x_t amounts to, clipped where clip_x0 says so."""
+        signal_scale, noise_scale = self.signal_and_noise(t)
         if self.prediction == "noise":
             x0 = (x - noise_scale * output) / signal_scale
         elif self.prediction == "x0":
@@ -149,6 +181,44 @@ class Diffusion:
         else:
             x0 = signal_scale * x - noise_scale * output
         return x0.clamp(-1, 1) if self.clip_x0 else x0
+
+    def posterior_mean(self, x: Tensor, x0: Tensor, t: int | Tensor, t_next: int | Tensor) -> Tensor:
+        """Mean of q(x_next | x_t, x_0) (Ho et al., eq. 7)."""
+        acp, acp_next = self.alphas_cumprod_at(t), self.alphas_cumprod_at(t_next)
+        alpha = acp / acp_next
+        return acp_next.sqrt() * (1 - alpha) / (1 - acp) * x0 + alpha.sqrt() * (1 - acp_next) / (1 - acp) * x
+
+    def variances(self, t: int | Tensor, t_next: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the largest variance of a step back: the posterior's, 0 at the last step, and beta."""
+        acp, acp_next = self.alphas_cumprod_at(t), self.alphas_cumprod_at(t_next)
+        beta = 1 - acp / acp_next
+        return (1 - acp_next) / (1 - acp) * beta, beta
+
+    def log_variance(self, v: Tensor | None, t: int | Tensor, t_next: int | Tensor) -> Tensor:
+        """The posterior's (v None), or between that (v = -1) and beta's (v = 1) (Nichol & Dhariwal, eq. 15).
+
+        At the last step, where the posterior's variance is 0, that of the step before it stands in.
+        """
+        least, beta = self.variances(t, t_next)
+        log_least = least.clamp(min=self.variances(1, 0)[0]).log()
+        return log_least if v is None else torch.lerp(log_least, beta.log(), (v + 1) / 2)
+
+    def bound(self, x0: Tensor, x: Tensor, t: Tensor, output: Tensor, v: Tensor | None) -> Tensor:
+        """Timestep t's term of the variational bound on -log2 p(x_0), in bits per dimension -> (B,).
+
+        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) (Ho et al., eq. 5); at t = 0 -log p(x_0 | x_1), the mass of the
+        Gaussian between the middles to the two neighbours of each pixel's value, of 256 (their eq. 13).
+        """
+
+        def gaussian(x0: Tensor, v: Tensor | None) -> Normal:
+            scale = (self.log_variance(v, t, t - 1) / 2).exp().expand_as(x)
+            return Normal(self.posterior_mean(x, x0, t, t - 1), scale, validate_args=False)
+
+        p = gaussian(self.predict_x0(output, x, t), v)
+        kl = kl_divergence(gaussian(x0, None), p)
+        above, below = p.cdf(x0 + 1 / 255).masked_fill(x0 > 0.999, 1), p.cdf(x0 - 1 / 255).masked_fill(x0 < -0.999, 0)
+        decoder = -(above - below).clamp(min=1e-12).log()
+        return torch.where(t.view(-1, 1, 1, 1) == 0, decoder, kl).mean((1, 2, 3)) / math.log(2)
 
     def timesteps(self, steps: int) -> list[int]:
         """`steps` of the T timesteps, falling, evenly spaced, the first T - 1 ("trailing"; Lin et al., 2024)."""
@@ -193,10 +263,13 @@ class Diffusion:
         for t, t_next in zip(timesteps, timesteps[1:] + [-1]):
             scale = cfg_scale if cfg_low < (t + 1) / self.num_timesteps <= cfg_high else 1.0
             output = guided(model, x, torch.full((len(x),), t, device=x.device), y, scale)
+            output, v = self.split(output)
             x0 = self.predict_x0(output, x, t)
             z = torch.randn(x.shape, device=x.device, generator=generator) if sampler == "ddpm" or eta else None
             if sampler == "ddpm":
-                x = self.ddpm_step(x, x0, t, t_next, z)
+                x = self.posterior_mean(x, x0, t, t_next)
+                if t_next >= 0:
+                    x = x + (self.log_variance(v, t, t_next) / 2).exp() * z
             elif sampler == "ddim":
                 x = self.ddim_step(x, x0, t, t_next, z, eta)
             else:
@@ -204,23 +277,11 @@ class Diffusion:
             last = (x0, t)
             yield x
 
-    def alphas_at(self, t: int, t_next: int) -> tuple[Tensor, Tensor]:
-        """alphas_cumprod at a step's two ends; past the last timestep (t_next = -1) nothing is noise: 1."""
-        return self.alphas_cumprod[t], self.alphas_cumprod[t_next] if t_next >= 0 else torch.ones(())
-
-    def ddpm_step(self, x: Tensor, x0: Tensor, t: int, t_next: int, z: Tensor) -> Tensor:
-        """A draw from the posterior q(x_next | x_t, x_0) (Ho et al., eqs. 6 and 7), its own variance for noise."""
-        acp, acp_next = self.alphas_at(t, t_next)
-        alpha = acp / acp_next
-        mean = acp_next.sqrt() * (1 - alpha) / (1 - acp) * x0 + alpha.sqrt() * (1 - acp_next) / (1 - acp) * x
-        variance = (1 - acp_next) / (1 - acp) * (1 - alpha)  # 0 at the last step
-        return mean + variance.sqrt() * z
-
     def ddim_step(self, x: Tensor, x0: Tensor, t: int, t_next: int, z: Tensor | None, eta: float) -> Tensor:
         """x_0 and the noise that x_t then holds, mixed anew in t_next's proportions (Song et al., eq. 12)."""
-        acp, acp_next = self.alphas_at(t, t_next)
+        acp, acp_next = self.alphas_cumprod_at(t), self.alphas_cumprod_at(t_next)
         noise = (x - acp.sqrt() * x0) / (1 - acp).sqrt()
-        sigma = eta * ((1 - acp_next) / (1 - acp) * (1 - acp / acp_next)).sqrt()
+        sigma = eta * self.variances(t, t_next)[0].sqrt()
         x = acp_next.sqrt() * x0 + (1 - acp_next - sigma**2).clamp(min=0).sqrt() * noise  # rounding may fall below 0
         return x if z is None else x + sigma * z
 
@@ -232,7 +293,7 @@ class Diffusion:
         """
         if t_next < 0:
             return x0
-        acp, acp_next = self.alphas_at(t, t_next)
+        acp, acp_next = self.alphas_cumprod_at(t), self.alphas_cumprod_at(t_next)
         lambda_t = acp.logit() / 2
         h = acp_next.logit() / 2 - lambda_t
         if last is not None:

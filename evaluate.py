@@ -11,6 +11,8 @@ Every figure compares a set of images with the test set, by a classifier that ha
                      memorised images would be near
 
 The "real" column is the same for as many of the last 10,000 training digits: what a perfect model would get.
+
+With --bits-per-dim N it prints, instead, how well a diffusion predicts N test digits: its variational bound.
 """
 
 import json
@@ -21,11 +23,14 @@ import time
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+from tqdm import tqdm
 
-from checkpoint import load_model, network_evaluations, sampling_of
+from checkpoint import build_process, load_model, network_evaluations, sampling_of
 from classifier import HELD_OUT, Classifier, judge_of
 from config import SAMPLING, Config, Parser, UserError, run_script
 from dataset import Dataset, denormalize, load_dataset, normalize
+from diffusion import Diffusion
 from dit import DiT
 from inference import check_path, draw
 from machine import choose_device
@@ -88,6 +93,22 @@ def timed_draw(model: DiT, config: Config, y: Tensor, seed: int) -> tuple[Tensor
     return images, len(y) / (time.perf_counter() - start)
 
 
+@torch.no_grad()
+def bits_per_dim(process: Diffusion, model: DiT, x0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    """The variational bound on -log2 p(x_0 | y) for images x0 (B, C, H, W) of 256 values, per dimension: (B,).
+
+    All its T + 1 terms (Ho et al., 2020, eq. 5), each of the first T by one network call.
+    """
+    signal_scale, noise_scale = process.signal_and_noise(process.num_timesteps - 1)
+    prior = kl_divergence(Normal(signal_scale.to(x0) * x0, noise_scale.to(x0)), Normal(0.0, 1.0))
+    bits = prior.mean((1, 2, 3)) / math.log(2)
+    for step in tqdm(range(process.num_timesteps), unit="step", desc="bits per dimension", leave=False):
+        t = torch.full_like(y, step)
+        x = process.q_sample(x0, t, torch.randn(x0.shape, device=x0.device, generator=generator))
+        bits += process.bound(x0, x, t, *process.split(model(x, t, y).float()))
+    return bits
+
+
 def read_npz(path: str) -> tuple[Tensor, Tensor]:
     """Images (N, C, H, W) uint8 and labels (N,) of an .npz as inference.py writes it; UserError if it is none."""
     try:
@@ -118,6 +139,37 @@ def check_fit(shape: tuple, labels: Tensor, data: Dataset) -> None:
         raise UserError(f"labels {labels.min()} to {labels.max()} are not all of {data.name}'s, 0 to {classes - 1}")
 
 
+def refuse_others(given: dict, flag: str) -> None:
+    """Refuse the flags that are left: the one named makes them useless."""
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise UserError(f"{flags} would change nothing about {flag}; leave it out")
+
+
+def report_bits(given: dict, data_dir: str) -> dict:
+    """The bound's mean over the first given["bits_per_dim"] test images, and its standard error."""
+    count, checkpoint = given.pop("bits_per_dim"), given.pop("checkpoint", "model.pth")
+    device = choose_device(given.pop("device", "auto"))
+    model, config = load_model(checkpoint, device)
+    name, seed = given.pop("dataset", config.dataset), given.pop("seed", config.seed)
+    refuse_others(given, "--bits-per-dim")
+    process = build_process(config)
+    if not isinstance(process, Diffusion):
+        raise UserError(f"--bits-per-dim is a bound of diffusions; {checkpoint} is a model of {config.process}")
+    test = load_dataset(name, data_dir, train=False, image_size=model.image_size)
+    check_fit((model.in_channels, model.image_size, model.image_size), test.labels, test)
+    if not 2 <= count <= len(test.labels):
+        raise UserError(f"--bits-per-dim {count}: give 2 to {len(test.labels)}, as many as there are test images")
+    generator = torch.Generator(device).manual_seed(seed)
+    bits = []
+    for images, y in zip(test.images[:count].split(500), test.labels[:count].split(500)):
+        bits.append(bits_per_dim(process, model, normalize(images.to(device)), y.to(device), generator))
+    bits = torch.cat(bits)
+    mean, error = bits.mean().item(), bits.std().item() / count**0.5
+    print(f"at most {mean:.4f} +- {error:.4f} bits per dimension, for {count} test images of {test.name}")
+    return {"images": count, "dataset": test.name, "bits_per_dim": mean, "standard_error": error}
+
+
 def print_table(report: dict) -> None:
     """The figures of all seeds beside those of real digits."""
     print(f"\n{report['images']} images of {report['dataset']}, {report['settings']}\n")
@@ -129,12 +181,20 @@ def print_table(report: dict) -> None:
     print(f"{'FD ratio':12}{report['FD ratio']:12.2f}")
 
 
+def write_json(report: dict, path: str | None) -> None:
+    """Write the figures to a file, if one is wanted."""
+    if path:
+        with open(path, "w") as file:
+            json.dump(report, file, indent=1)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Measure a model's digits, or an .npz of them, beside real ones.")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights (default: model.pth)")
     parser.add_argument("--npz", metavar="FILE", help="measure these images instead of drawing some")
     parser.add_argument("--num-samples", type=int, metavar="INT", help="images (default: 10000)")
     parser.add_argument("--seeds", type=int, metavar="INT", help="sampling seeds to draw with (default: 1)")
+    parser.add_argument("--bits-per-dim", type=int, metavar="INT", help="the bound for this many test images, alone")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_fields("data_dir")
     parser.add_fields("dataset", default="the checkpoint's, or mnist for an .npz")
@@ -144,12 +204,13 @@ def main(argv: list[str] | None = None) -> None:
     data_dir, json_path = given.pop("data_dir", Config().data_dir), given.pop("json", None)
     if json_path:
         check_path("--json", json_path, ".json")
+    if "bits_per_dim" in given:
+        write_json(report_bits(given, data_dir), json_path)
+        return
     npz = given.pop("npz", None)
     if npz:
         name = given.pop("dataset", "mnist")
-        if given:
-            flags = ", ".join("--" + flag.replace("_", "-") for flag in given)
-            raise UserError(f"{flags} would change nothing about the images of --npz; leave it out")
+        refuse_others(given, "the images of --npz")
         images, labels = read_npz(npz)
         num_samples, shape = len(images), tuple(images.shape[1:])
     else:
@@ -194,9 +255,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     report["FD ratio"] = statistics.mean(figures["FD"] for figures in report["generated"]) / real["FD"]
     print_table(report)
-    if json_path:
-        with open(json_path, "w") as file:
-            json.dump(report, file, indent=1)
+    write_json(report, json_path)
 
 
 if __name__ == "__main__":

@@ -40,12 +40,12 @@ def choose_compile(name: str, train_steps: int) -> str:
     return "on" if train_steps >= 2000 else "off"
 
 
-def compile_network(model: nn.Module, loss_of: Callable[[Callable], Tensor]) -> Callable:
-    """The model compiled, tried on one loss; or the model itself, said aloud, where no compiler works."""
+def compile_network(model: nn.Module, backward: Callable[[Callable], Tensor]) -> Callable:
+    """The model compiled, tried on one gradient; or the model itself, said aloud, where no compiler works."""
     compiled = torch.compile(model)
     start = time.perf_counter()
     try:
-        loss_of(compiled).backward()
+        backward(compiled)
     except Exception as error:  # whatever the compiler's trouble is, the run can do without it
         print(f"compiling failed ({type(error).__name__}), so the run goes on without: it is only slower")
         compiled = model

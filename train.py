@@ -75,6 +75,7 @@ def draw_batch(images: Tensor, labels: Tensor, config: Config, generator: torch.
 def save_samples(path: Path, ema: nn.Module, config: Config, device: torch.device) -> None:
     """A grid of samples, a row for each label, the same noise every time, so that only learning changes it."""
     y = torch.arange(min(config.num_classes, 10), device=device).repeat_interleave(8)
+    config = config.replace(sample_steps=min(config.sample_steps, 50))  # a look in passing, not the final images
     for x in denoise(ema, config, y, torch.Generator(device).manual_seed(config.seed)):
         pass
     save_image(x, path, nrow=8, normalize=True, value_range=(-1, 1))
@@ -135,10 +136,16 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         save_file(content, out_dir / "checkpoint.pth")
         save_file({"model": ema.state_dict(), "config": model_config(config)}, out_dir / "model.pth")
 
-    def loss_of(network: Callable) -> Tensor:
+    def backward(network: Callable) -> Tensor:
+        """Add a batch's gradient to the parameters', in accumulation_steps parts; returns its loss."""
         x0, y = draw_batch(images, labels, config, generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            return process.loss(network, x0, y, generator)
+        batch, loss = (x0, y, *process.draw(x0, generator)), torch.zeros((), device=device)
+        for part in zip(*(tensor.chunk(config.accumulation_steps) for tensor in batch)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                part_loss = process.loss_at(network, *part) / config.accumulation_steps
+            part_loss.backward()
+            loss += part_loss.detach()
+        return loss
 
     (out_dir / "samples").mkdir(parents=True, exist_ok=True)
     if not state:
@@ -146,7 +153,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"device     {device}, {config.precision}, {torch.get_num_threads()} threads, compile {config.compile}")
     print(f"data       {data.name}: {len(images):,} images of {tuple(images.shape[1:])}, {config.num_classes} labels")
-    print(f"model      {parameters:,} parameters: hidden {config.hidden_size}, depth {config.depth}")
+    print(f"model      {parameters:,} parameters: hidden {config.hidden_size}, depth {config.depth}, {config.block}")
     options = ("prediction", *OPTIONS[config.process], "time_sampling", "time_mean")
     print(f"process    {config.process}: " + ", ".join(f"{name} {getattr(config, name)}" for name in options))
     print(f"steps      {step:,} of {config.train_steps:,} done, {config.batch_size} images each")
@@ -158,7 +165,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     ):
         csv.write("".join(line + "\n" for line in ["step,loss,learning_rate,images_per_second", *rows]))
         compiling = config.compile == "on" and step < config.train_steps
-        network = compile_network(model, loss_of) if compiling else model
+        network = compile_network(model, backward) if compiling else model
         first_step = step
         clock = start = time.perf_counter()
         while step < config.train_steps and not signals:
@@ -168,8 +175,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
 
-            loss = loss_of(network)
-            loss.backward()
+            loss = backward(network)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             if not math.isfinite(loss.item() + norm.item()):
                 raise UserError(

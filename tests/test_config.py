@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from config import PRESETS, Config, Parser, UserError, preset, run_script
+from dit import PAPER_MODELS
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,9 @@ from config import PRESETS, Config, Parser, UserError, preset, run_script
         (dict(sampler="ddpm", eta=0.5), "eta 0.5 is an option of sampler ddim"),
         (dict(schedule="sigmoid"), "schedule 'sigmoid' is not one of linear, cosine"),
         (dict(depth="4"), "depth '4' is not of type int"),
+        (dict(block="post-norm"), "block 'post-norm' is not one of in-context, cross-attention, adaLN, adaLN-Zero"),
+        (dict(batch_size=64, accumulation_steps=7), "accumulation_steps is 7; it must be a divisor of batch_size, 64"),
+        (dict(learn_sigma=1), "learn_sigma 1 is not of type bool"),
         (dict(seed=None), "seed None is not of type int"),
     ],
 )
@@ -36,8 +40,19 @@ def test_presets_are_changed_by_what_is_given():
     for name in PRESETS:
         assert preset(name).preset == name
     assert preset("classic", depth=7).depth == 7 and preset("classic").loss == "l1"
+    for options in (dict(learn_sigma=True), dict(clip_x0=False)):
+        with pytest.raises(UserError, match=f"{next(iter(options))} is an option of process diffusion, not of flow_m"):
+            preset("flow", **options)
     with pytest.raises(UserError, match="'large' is not one of digits"):
         preset("large")
+
+
+def test_the_papers_models_are_presets():
+    xl = preset("DiT-XL/2")
+    assert (xl.depth, xl.hidden_size, xl.num_heads, xl.patch_size, xl.image_size) == (28, 1152, 16, 2, 32)
+    assert (xl.prediction, xl.schedule, xl.learn_sigma, xl.learning_rate) == ("noise", "linear", True, 1e-4)
+    assert str(xl.run_dir) == "runs/DiT-XL-2"
+    assert len(set(PAPER_MODELS) & set(PRESETS)) == 12
 
 
 def parser() -> Parser:
@@ -47,8 +62,9 @@ def parser() -> Parser:
 
 
 def test_flags_are_the_fields_and_only_those_given_come_back():
-    given = vars(parser().parse_args(["--hidden-size", "64", "--learning-rate", "2e-3", "--prediction", "x0"]))
-    assert given == {"hidden_size": 64, "learning_rate": 2e-3, "prediction": "x0"}
+    flags = ["--hidden-size", "64", "--learning-rate", "2e-3", "--prediction", "x0", "--learn-sigma", "--no-clip-x0"]
+    given = {"hidden_size": 64, "learning_rate": 2e-3, "prediction": "x0", "learn_sigma": True, "clip_x0": False}
+    assert vars(parser().parse_args(flags)) == given
 
 
 def test_help_explains_every_flag_with_its_default(capsys):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from conftest import random_dit
@@ -237,3 +239,117 @@ def test_config_names_what_the_process_has():
             Diffusion(**wrong)
     with pytest.raises(ValueError, match="'heun' is not one of ddpm, ddim, dpm"):
         list(Diffusion().sample(Oracle(), torch.zeros(1, 1, 8, 8), torch.tensor([0]), sampler="heun"))
+
+
+def learned(seed=0, **options):
+    """A diffusion that learns its variance, and a network for it that has an answer for every x and t."""
+
+    class Both(Oracle):
+        def forward(self, x, t, y):
+            return torch.cat([super().forward(x, t, y), torch.cos(3 * x + t.view(-1, 1, 1, 1) / 100)], dim=1)
+
+    return Diffusion(learn_sigma=True, **options), Both()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [1000, 250, 7])
+def test_learned_log_variance_equals_diffusers(schedule, steps):
+    process = Diffusion(schedule, learn_sigma=True)
+    theirs = diffusers_scheduler(DDPMScheduler, process, steps, variance_type="learned_range")
+    v = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
+    timesteps = process.timesteps(steps)
+    for t, t_next in zip(timesteps, timesteps[1:]):
+        expected = theirs._get_variance(t, predicted_variance=v)
+        assert (process.log_variance(v, t, t_next) - expected).abs().max() <= 1e-5
+        batch = process.log_variance(v, torch.tensor([t, t]), torch.tensor([t_next, t_next]))
+        assert torch.allclose(batch, expected.expand(2, 1, 8, 8), atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learned_log_variance_of_the_last_step(schedule):
+    """The posterior's variance would be 0 there: that of t = 1 stands in (Nichol & Dhariwal's code does the same)."""
+    process = Diffusion(schedule, learn_sigma=True)
+    acp = process.alphas_cumprod.double()
+    posterior_1 = (1 - acp[0]) / (1 - acp[1]) * (1 - acp[1] / acp[0])
+    low, high = (process.log_variance(torch.tensor(v), 0, -1).exp().item() for v in (-1.0, 1.0))
+    assert low == pytest.approx(posterior_1.item(), rel=2e-3)  # of a difference between float32s near 1
+    assert high == pytest.approx(1 - acp[0].item(), rel=2e-3)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddpm_with_learned_variance_equals_diffusers(prediction):
+    process, network = learned(prediction=prediction)
+    theirs = diffusers_scheduler(DDPMScheduler, process, 1000, variance_type="learned_range")
+    x, y = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([1, 4])
+    ours = process.sample(network, x, y, steps=1000, sampler="ddpm", generator=torch.Generator().manual_seed(2))
+    next(ours)
+    generator = torch.Generator().manual_seed(2)
+    for t, x_ours in zip(theirs.timesteps, ours, strict=True):
+        output = network(x, torch.full((2,), int(t)), y)
+        x_theirs = theirs.step(output, t, x, generator=generator).prev_sample
+        assert (x_ours - x_theirs).abs().max() <= 1e-5
+        x = x_ours
+
+
+@pytest.mark.parametrize("sampler", Diffusion.samplers)
+def test_other_samplers_ignore_the_learned_variance(sampler):
+    process, network = learned()
+    noise, y = torch.randn(2, 1, 8, 8), torch.tensor([1, 4])
+
+    def last(process, network):
+        generator = torch.Generator().manual_seed(0)
+        return list(process.sample(network, noise, y, steps=5, sampler=sampler, generator=generator))[-1]
+
+    assert torch.equal(last(process, network), last(Diffusion(), Oracle())) == (sampler != "ddpm")
+
+
+def test_guidance_leaves_the_learned_variance_alone():
+    _, network = learned()
+    x, t, y = torch.randn(2, 3, 4, 4), torch.tensor([3, 9]), torch.tensor([1, 4])
+    conditional, unconditional = network(x, t, y), network(x, t, torch.full_like(y, 10))
+    out = guided(network, x, t, y, 3.0)
+    assert torch.allclose(out[:, :3], (unconditional + 3 * (conditional - unconditional))[:, :3], atol=1e-5)
+    assert torch.equal(out[:, 3:], conditional[:, 3:])
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_hybrid_loss_is_the_simple_one_and_the_bound_and_teaches_the_mean_by_the_first_alone(prediction):
+    process, simple = Diffusion("cosine", prediction, learn_sigma=True), Diffusion("cosine", prediction)
+    x0, y = torch.rand(4, 1, 8, 8) * 2 - 1, torch.zeros(4).long()
+    t, noise = torch.tensor([1, 2, 400, 999]), torch.randn(4, 1, 8, 8)
+    output = (0.3 * torch.randn(4, 2, 8, 8)).requires_grad_()
+    hybrid = process.loss_at(lambda *_: output, x0, y, t, noise)
+    (gradient,) = torch.autograd.grad(hybrid, output)
+    mean = output[:, :1].detach().requires_grad_()
+    plain = simple.loss_at(lambda *_: mean, x0, y, t, noise)
+    (gradient_of_mean,) = torch.autograd.grad(plain, mean)
+    assert torch.allclose(gradient[:, :1], gradient_of_mean) and gradient[:, 1:].abs().min() > 0
+    bound = process.bound(x0, process.q_sample(x0, t, noise), t, *output.detach().chunk(2, dim=1))
+    assert hybrid.item() == pytest.approx(plain.item() + bound.mean().item(), rel=1e-5)  # 0.001 of 1000 terms
+
+
+def test_bound_is_the_divergence_of_two_gaussians_by_its_formula():
+    process = Diffusion("linear", learn_sigma=True, clip_x0=False)
+    acp = process.alphas_cumprod.double()
+    x0, x, output, v = (torch.randn(3, 1, 4, 4).double() for _ in range(4))
+    t = torch.tensor([1, 30, 999])
+    for i, step in enumerate(t.tolist()):
+        beta = 1 - acp[step] / acp[step - 1]
+        estimate = (x[i] - (1 - acp[step]).sqrt() * output[i]) / acp[step].sqrt()
+        weight = acp[step - 1].sqrt() * beta / (1 - acp[step])
+        variance = (1 - acp[step - 1]) / (1 - acp[step]) * beta
+        model_variance = torch.exp((v[i] + 1) / 2 * beta.log() + (1 - v[i]) / 2 * variance.log())
+        gap = weight * (x0[i] - estimate)  # both means share the part of x
+        kl = ((model_variance / variance).log() + (variance + gap**2) / model_variance - 1) / 2
+        ours = process.bound(*(a.float() for a in (x0, x)), t, *(a.float() for a in (output, v)))[i]
+        assert ours.item() == pytest.approx(kl.mean().item() / math.log(2), rel=2e-3)  # tables are float32
+
+
+def test_decoder_gives_the_256_values_of_a_pixel_probabilities_that_sum_to_1():
+    process, _ = learned()
+    x0 = torch.arange(256).view(-1, 1, 1, 1) / 127.5 - 1
+    for mean, v in ((-1.0, 1.0), (0.3, -1.0), (0.999, 0.0)):
+        x = torch.full_like(x0, mean)
+        estimate = process.target(x, torch.zeros(256).long(), (x - 0.99995 * x) / 0.01)
+        bits = process.bound(x0, x, torch.zeros(256).long(), estimate, torch.full_like(x0, v))
+        assert (0.5**bits).sum().item() == pytest.approx(1, abs=1e-3)

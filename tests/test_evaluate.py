@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import evaluate
 from checkpoint import load_model, model_config, save_file
 from classifier import Classifier, judge_of, load_classifier
 from config import SAMPLERS, Config, UserError
-from dataset import load_dataset, normalize
+from dataset import denormalize, load_dataset, normalize
+from diffusion import Diffusion
 from docs import quality
 from evaluate import frechet_distance, inception_score, kth_neighbour, measure, nearest_distance, share_within
 
@@ -194,6 +196,52 @@ def test_a_checkpoint_that_does_not_fit_the_data_is_refused(tmp_path, mnist_dir)
 def test_the_margin_of_padded_images_is_cropped_before_judging(mnist_dir):
     data, padded = (load_dataset("mnist", mnist_dir, train=False, image_size=size) for size in (None, 33))
     assert padded.images.shape[-1] == 33 and torch.equal(evaluate.crop(padded.images[:10], 28), data.images[:10])
+
+
+@pytest.mark.parametrize("prediction", ["noise", "x0"])
+def test_bits_per_dim_of_gaussian_pixels_by_their_best_network_is_their_entropy(prediction):
+    """Pixels from N(0, s^2), of 256 values: every p(x_next | x_t) is a Gaussian, of a variance that v can say."""
+    s = 0.3
+    process = Diffusion("cosine", prediction, learn_sigma=True)
+    generator = torch.Generator().manual_seed(0)
+    x0 = normalize(denormalize(s * torch.randn(8, 1, 28, 28, generator=generator)))
+
+    def best(x, t, y):
+        signal, noise = process.signal_and_noise(t)
+        estimate = x * signal * s**2 / ((signal * s) ** 2 + noise**2)
+        least, beta = (a.clamp(min=1e-12) for a in process.variances(t, t - 1))
+        error = (s * noise) ** 2 / ((signal * s) ** 2 + noise**2)  # the variance of x_0 given x_t
+        variance = least + process.alphas_cumprod_at(t - 1) * (beta / noise**2) ** 2 * error
+        least = least.clamp(min=process.variances(1, 0)[0])
+        v = 2 * (variance / least).log() / (beta / least).log() - 1
+        return torch.cat([estimate if prediction == "x0" else (x - signal * estimate) / noise, v.expand_as(x)], dim=1)
+
+    bits = evaluate.bits_per_dim(process, best, x0, torch.zeros(8).long(), generator)
+    entropy = math.log2(s * 127.5 * math.sqrt(2 * math.pi * math.e))
+    assert bits.shape == (8,) and bits.mean().item() == pytest.approx(entropy, abs=0.03)
+
+
+def test_bits_per_dim_of_a_checkpoint(tmp_path, mnist_dir, capsys):
+    sizes = dict(image_size=28, patch_size=14, hidden_size=32, depth=1, num_heads=2, learn_sigma=True)
+    config = model_config(Config(**sizes, dataset="mnist"))
+    save_file({"model": random_dit(**sizes).state_dict(), "config": config}, tmp_path / "model.pth")
+    flags = ["--checkpoint", str(tmp_path / "model.pth"), "--data-dir", mnist_dir]
+    evaluate.main([*flags, "--bits-per-dim", "3", "--json", str(tmp_path / "bits.json")])
+    report = json.loads((tmp_path / "bits.json").read_text())
+    assert report["images"] == 3 and report["bits_per_dim"] > 1
+    assert f"{report['bits_per_dim']:.4f}" in capsys.readouterr().out
+    for bad, message in (
+        (["--bits-per-dim", "1"], "give 2 to 10000"),
+        (["--bits-per-dim", "9", "--cfg-scale", "2"], "--cfg-scale would change nothing about --bits-per-dim"),
+    ):
+        with pytest.raises(UserError) as error:
+            evaluate.main(flags + bad)
+        assert message in str(error.value)
+    flow = model_config(Config(**{**sizes, "learn_sigma": False}, process="flow_matching", sampler="euler"))
+    sizes["learn_sigma"] = False
+    save_file({"model": random_dit(**sizes).state_dict(), "config": flow}, tmp_path / "model.pth")
+    with pytest.raises(UserError, match="is a bound of diffusions"):
+        evaluate.main([*flags, "--bits-per-dim", "3"])
 
 
 def test_a_file_that_is_no_classifier_is_refused(tmp_path):

@@ -14,6 +14,7 @@ import train
 from checkpoint import denoise, load_file, load_model
 from config import Config, UserError, preset
 from dit import DiT
+from dit_block import BLOCKS
 from train import build_optimizers, draw_batch, ema_decay_at, learning_rate_at, update_ema
 
 TINY = ["--dataset", "blobs", "--patch-size", 4, "--hidden-size", 32, "--depth", 1, "--num-heads", 2, "--batch-size", 8]
@@ -201,6 +202,52 @@ def test_a_constant_learning_rate_allows_more_steps(tmp_path):
     train.main(["--resume", "--out-dir", str(tmp_path / "a"), "--train-steps", "20"])
     a, b = (load_file(tmp_path / name / "checkpoint.pth") for name in "ab")
     assert_same(a["model"], b["model"])
+
+
+@pytest.mark.parametrize("process", ["diffusion", "flow_matching"])
+@pytest.mark.parametrize("flags", [["--accumulation-steps", 4], ["--activation-checkpointing"]])
+def test_saving_memory_changes_loss_and_weights_by_rounding_alone(flags, process, tmp_path):
+    common = ["--train-steps", 10, "--process", process, "--log-every", 1]
+    common += ["--sampler", "euler"] if process == "flow_matching" else []
+    fit(tmp_path / "plain", *common)
+    fit(tmp_path / "saving", *common, *flags)
+    for a, b in zip(rows(tmp_path / "plain"), rows(tmp_path / "saving"), strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
+    plain, saving = (load_model(tmp_path / name / "model.pth")[0] for name in ("plain", "saving"))
+    for a, b in zip(plain.parameters(), saving.parameters()):
+        assert (a - b).norm() <= 1e-3 * a.norm() + 1e-7  # Adam divides gradients near 0 by themselves
+
+
+def test_accumulation_hands_the_network_parts_of_the_batch(tmp_path, monkeypatch):
+    sizes = []
+    forward = DiT.forward
+
+    def spy(self, x, t, y):
+        if self.training:
+            sizes.append(len(x))
+        return forward(self, x, t, y)
+
+    monkeypatch.setattr(DiT, "forward", spy)
+    fit(tmp_path, "--train-steps", 3, "--accumulation-steps", 4)
+    assert sizes == [2] * 12
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_block_trains_with_a_learned_variance_and_samples(block, tmp_path):
+    fit(tmp_path, "--train-steps", 30, "--learn-sigma", "--block", block, "--lr-decay", "constant", "--sampler", "ddpm")
+    losses = [float(row["loss"]) for row in rows(tmp_path)]
+    assert losses[-1] < losses[0]
+    model, config = load_model(tmp_path / "model.pth")
+    assert config.learn_sigma and config.block == block == model.block
+    *_, x = denoise(model, config, torch.arange(4), torch.Generator().manual_seed(0))
+    assert x.shape == (4, 1, 8, 8)
+
+
+def test_a_preset_of_the_papers_trains_on_padded_digits(tmp_path):
+    settings = dict(dataset="blobs", train_steps=1, batch_size=2, sample_steps=1, out_dir=str(tmp_path))
+    train.train(preset("DiT-S/8", **settings))
+    model, config = load_model(tmp_path / "model.pth")
+    assert (model.image_size, len(model.blocks), config.ema_decay) == (32, 12, 0.9999)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
