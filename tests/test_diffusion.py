@@ -246,7 +246,7 @@ def learned(seed=0, **options):
 
     class Both(Oracle):
         def forward(self, x, t, y):
-            return torch.cat([super().forward(x, t, y), torch.cos(3 * x + t.view(-1, 1, 1, 1) / 100)], dim=1)
+            return torch.cat([super().forward(x, t, y), torch.cos(3 * x + (t / 100 + y).view(-1, 1, 1, 1))], dim=1)
 
     return Diffusion(learn_sigma=True, **options), Both()
 
