@@ -1,11 +1,14 @@
 """Files of weights: written atomically, read without trusting them, turned back into a model.
 
 `model.pth` is {"model": state_dict, "config": dict}: all that is needed to sample. Files are read with
-`weights_only=True`, which builds tensors and plain containers and refuses to run code.
+`weights_only=True`, which builds tensors and plain containers and refuses to run code. Published weights, which say
+nothing of a config, are recognised by published.py.
 """
 
+import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -19,6 +22,7 @@ from config import Config, UserError
 from diffusion import Diffusion
 from dit import DiT
 from flow_matching import FlowMatching
+from published import DOWNLOADS, optional, read_published, reason_of, sizes_of
 
 
 def save_file(content: Any, path: str | Path) -> None:
@@ -41,17 +45,24 @@ def save_file(content: Any, path: str | Path) -> None:
 
 
 def load_file(path: str | Path) -> Any:
-    """What save_file wrote, on the CPU.
+    """What save_file wrote, or a published file holds, on the CPU.
 
     Raises:
-        UserError: if the file is missing, damaged, not one of torch's, or holds more than plain data.
+        UserError: if the file is missing, damaged, not one of torch's or safetensors', or holds more than plain data.
     """
     if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist; name a file of weights, such as runs/digits/model.pth")
+        address = DOWNLOADS.get(os.path.basename(path))
+        advice = f"download it from {address}" if address else "name a file of weights, such as runs/digits/model.pth"
+        raise UserError(f"{path} does not exist; {advice}")
+    if str(path).endswith(".safetensors"):
+        read = optional("safetensors.torch", str(path)).load_file
+    else:
+        read = functools.partial(torch.load, map_location="cpu", weights_only=True)
     try:
-        with warnings.catch_warnings():
+        # facebookresearch/DiT's train.py keeps its flags in a Namespace, which is plain data too.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # of a foreign file's format: the error below says it all
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return read(path)
     except Exception as error:  # random bytes can fail in any way inside the reader
         raise UserError(f"{path} is damaged or not a file of weights ({type(error).__name__})") from error
 
@@ -140,28 +151,30 @@ def read_config(values: Any, path: str | Path) -> Config:
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, Config]:
-    """The model of a model.pth, in evaluation mode, and its config.
+    """The model of a model.pth or of published weights, in evaluation mode, and its config.
 
     Raises:
         UserError: if the file cannot be read, or its weights are not those of the model its config describes.
     """
     content = load_file(path)
-    if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
-        raise UserError(f'{path} is not a Pocket DiT model: it lacks "model" and "config"')
-    config, state = read_config(content["config"], path), content["model"]
+    if isinstance(content, dict) and {"model", "config"} <= content.keys():
+        config, state = read_config(content["config"], path), content["model"]
+    else:
+        config, state = read_published(content, path)
     try:
+        for name, value in sizes_of(state).items():
+            if getattr(config, name) != value:
+                raise UserError(f"its weights have {name} {value}, but its config says {getattr(config, name)}")
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if f"blocks.{config.depth - 1}.attn.qkv.weight" not in shapes:
-            raise UserError(f"its weights are not those of the depth {config.depth} that its config says")
         with torch.device("meta"):  # sizes only, so that a lying config costs no memory
             model = build_model(config)
         for name, parameter in model.state_dict().items():
-            if shapes.pop(name, None) != tuple(parameter.shape):
-                raise UserError(f"{name} is not of the shape {tuple(parameter.shape)} that its config asks for")
+            shape = shapes.pop(name, "missing")
+            if shape != tuple(parameter.shape):
+                raise UserError(f"{name} is {shape}, but its config asks for {tuple(parameter.shape)}")
         if shapes:
             raise UserError(f"{next(iter(shapes))} is no part of the model that its config describes")
         model.to_empty(device=device).load_state_dict(state)
     except Exception as error:  # a file can lie in more ways than can be listed
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} holds no usable model: {reason}") from error
+        raise UserError(f"{path} holds no usable model: {reason_of(error)}") from error
     return model.eval(), config

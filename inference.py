@@ -1,10 +1,12 @@
 """Sample from a trained DiT: `python inference.py` turns noise into digits, and draws the way there.
 
 One generator, the process's `sample`, feeds everything: the strip (a row per label, noise at the left, digit at the
-right), the animation (--gif), a grid (--num-samples) and arrays for evaluation (--num-samples with --npz).
+right), the animation (--gif), a grid (--num-samples) and arrays for evaluation (--num-samples with --npz). Models of
+latents, such as the paper's own, need a VAE that decodes them (--vae).
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,12 @@ from config import SAMPLING, Config, Parser, UserError, run_script
 from dataset import denormalize
 from dit import DiT
 from machine import choose_device
+from published import Decoded, decode, load_vae
 
 BATCH_SIZE = 500  # of --num-samples; part of what a seed means
 
 
-def some_of(frames: list[Tensor], count: int) -> list[int]:
+def some_of(frames: Sequence[Tensor], count: int) -> list[int]:
     """At most `count` evenly spaced indices of the frames, the first and the last among them."""
     return torch.linspace(0, len(frames) - 1, min(count, len(frames))).round().int().tolist()
 
@@ -34,7 +37,7 @@ def mosaic(images: Tensor, columns: int) -> np.ndarray:
     return make_grid(denormalize(images).cpu(), nrow=columns, padding=1, pad_value=64).permute(1, 2, 0).numpy()
 
 
-def save_strip(frames: list[Tensor], labels: list[int], path: str | Path, columns: int = 11) -> None:
+def save_strip(frames: Sequence[Tensor], labels: list[int], path: str | Path, columns: int = 11) -> None:
     """The progression: a row per label, from noise at the left to the image at the right."""
     chosen = some_of(frames, columns)
     rows = torch.stack([frames[i] for i in chosen], dim=1).flatten(0, 1)  # label by label
@@ -42,19 +45,20 @@ def save_strip(frames: list[Tensor], labels: list[int], path: str | Path, column
     figure = Figure(figsize=(0.6 * len(chosen) + 0.6, 0.6 * len(labels) + 0.6), layout="constrained")
     axes = figure.subplots()
     axes.imshow(picture, interpolation="nearest")
-    pitch = frames[0].shape[-1] + 1  # an image and its border
+    pitch = rows.shape[-1] + 1  # an image and its border
     axes.set_xticks([pitch * (i + 0.5) for i in range(len(chosen))], chosen)
     axes.set_yticks([pitch * (i + 0.5) for i in range(len(labels))], labels)
     axes.set(xlabel="denoising steps taken", ylabel="label")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=max(100, pitch / 0.6))  # large images at about their own size
 
 
-def save_gif(frames: list[Tensor], path: str | Path) -> None:
+def save_gif(frames: Sequence[Tensor], path: str | Path) -> None:
     """The same as an animation: all labels side by side, about four seconds and a pause at the end."""
     pictures = [Image.fromarray(mosaic(frames[i], 10)) for i in some_of(frames, 50)]
-    pictures = [picture.resize((picture.width * 3, picture.height * 3), Image.NEAREST) for picture in pictures]
+    zoom = 3 if pictures[0].width < 400 else 1
+    pictures = [picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST) for picture in pictures]
     durations = [80] * (len(pictures) - 1) + [2000]  # milliseconds
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
@@ -95,6 +99,7 @@ def draw(model: DiT, config: Config, y: Tensor, generator: torch.Generator) -> T
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Turn noise into images with a trained DiT.")
     parser.add_argument("--checkpoint", default="model.pth", metavar="FILE", help="weights (default: model.pth)")
+    parser.add_argument("--vae", metavar="DIR", help="folder of the AutoencoderKL that decodes a model's latents")
     parser.add_argument("--labels", metavar="LABELS", help="a digit a character, or numbers with commas (default: all)")
     parser.add_fields(*SAMPLING, "seed", default="the checkpoint's")
     parser.add_fields("device")
@@ -119,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
 
     device = choose_device(given.pop("device", "auto"))
     model, config = load_model(given.pop("checkpoint"), device)
+    vae = load_vae(given.pop("vae", None), model.in_channels, device)
     text = given.pop("labels", None)
     labels = list(range(min(config.num_classes, 10))) if text is None else parse_labels(text, config.num_classes)
     if num_samples is None and len(labels) > 100:
@@ -133,6 +139,10 @@ def main(argv: list[str] | None = None) -> None:
         images = draw(model, config, y, generator)
     else:
         frames = list(tqdm(denoise(model, config, y, generator), total=config.sample_steps + 1, leave=False))
+    if vae and num_samples:
+        images = decode(vae, images)
+    elif vae:
+        frames = Decoded(vae, frames)
     seconds = time.perf_counter() - start
 
     if npz:

@@ -1,6 +1,7 @@
 import os
 import pickle
 import zipfile
+from argparse import Namespace
 
 import pytest
 import torch
@@ -68,7 +69,8 @@ def write_zip(path):
         (write_pickle, "is damaged or not a file of weights"),
         (write_torch_pickle, "is damaged or not a file of weights"),
         (lambda path: torch.save([1, 2], path), 'it lacks "model" and "config"'),
-        (lambda path: torch.save({"model": {}, "config": {}}, path), "its weights are not those"),
+        (lambda path: torch.save({"ema": {}, "args": Namespace(bomb=Bomb())}, path), "is damaged or not a file"),
+        (lambda path: torch.save({"model": {}, "config": {}}, path), "it lacks 'x_embedder.proj.weight'"),
         (lambda path: torch.save({"model": 3, "config": {"image_size": 28}}, path), "holds no usable model"),
         (lambda path: torch.save({"model": {"a": 3}, "config": {"image_size": 28}}, path), "holds no usable model"),
         (lambda path: torch.save({"model": {}, "config": {"size": 3}}, path), "holds no usable config"),
@@ -90,23 +92,41 @@ def test_a_bad_file_is_one_clear_error_and_nothing_runs(write, message, tmp_path
 @pytest.mark.parametrize(
     "lie, name",
     [
-        (dict(hidden_size=64), "x_embedder.proj.weight|pos_embed"),
-        (dict(depth=10**9), "the depth 1000000000"),
-        (dict(depth=1), "blocks.1.*is no part of the model"),
-        (dict(num_classes=10**18), "holds no usable model"),
-        (dict(hidden_size=2**40), "holds no usable model"),
+        (dict(hidden_size=64), "hidden_size 32, but its config says 64"),
+        (dict(depth=10**9), "depth 2, but its config says 1000000000"),
+        (dict(depth=1), "depth 2, but its config says 1"),
+        (dict(num_classes=10**18), "num_classes 10, but its config says 1000000000000000000"),
+        (dict(hidden_size=2**40), "hidden_size 32, but its config says 1099511627776"),
         (dict(num_heads=1, hidden_size=4 * 10**30), "holds no usable model"),
-        (dict(image_size=None), "holds no usable model"),
-        (dict(num_classes=20), "y_embedder.embedding_table.weight"),
-        (dict(image_size=10**6), "pos_embed"),
-        (dict(patch_size=2), "pos_embed|proj.weight"),
+        (dict(image_size=None), "image_size 28, but its config says None"),
+        (dict(num_classes=20), "num_classes 10, but its config says 20"),
+        (dict(image_size=10**6), "image_size 28, but its config says 1000000"),
+        (dict(patch_size=2), "patch_size 4, but its config says 2"),
+        (dict(in_channels=3), "in_channels 1, but its config says 3"),
+        (dict(learn_sigma=True), "learn_sigma False, but its config says True"),
+        (dict(block="cross-attention"), "blocks.0.norm1.weight is missing, but its config asks for .32"),
+        (dict(block="adaLN"), "blocks.0.adaLN_modulation.1.weight is .192, 32., but its config asks for .128, 32."),
     ],
 )
-def test_weights_of_other_shapes_are_named(lie, name, model_file):
+def test_weights_of_another_model_are_named(lie, name, model_file):
     content = load_file(model_file)
     content["config"] |= lie
     save_file(content, model_file)
     with pytest.raises(UserError, match=name):
+        load_model(model_file)
+
+
+def test_weights_with_learn_sigma_are_not_loaded_without_it(tmp_path):
+    save_file({"model": random_dit(learn_sigma=True).state_dict(), "config": model_config(CONFIG)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="its weights have learn_sigma True, but its config says False"):
+        load_model(tmp_path / "a.pth")
+
+
+def test_a_tensor_too_many_is_named(model_file):
+    content = load_file(model_file)
+    content["model"]["y_embedder.bias"] = torch.zeros(1)
+    save_file(content, model_file)
+    with pytest.raises(UserError, match="y_embedder.bias is no part of the model"):
         load_model(model_file)
 
 

@@ -1,99 +1,37 @@
 import pytest
 import torch
-from conftest import random_dit
-from diffusers import DiTTransformer2DModel
+from conftest import diffusers_dit, random_dit, relative_error
 
-from dit import DiT, sincos_pos_embed, unpatchify
-
-
-def to_diffusers(model: DiT, depth: int, num_heads: int) -> DiTTransformer2DModel:
-    """The same network in diffusers, the same weights in it."""
-    hidden_size = model.pos_embed.shape[-1]
-    state = model.state_dict()
-    theirs = DiTTransformer2DModel(
-        num_attention_heads=num_heads,
-        attention_head_dim=hidden_size // num_heads,
-        in_channels=model.in_channels,
-        out_channels=state["final_layer.linear.weight"].shape[0] // model.patch_size**2,
-        num_layers=depth,
-        sample_size=model.image_size,
-        patch_size=model.patch_size,
-        num_embeds_ada_norm=model.num_classes,
-        norm_eps=1e-6,
-    ).eval()
-    renamed = {
-        "pos_embed.proj.weight": state["x_embedder.proj.weight"],
-        "pos_embed.proj.bias": state["x_embedder.proj.bias"],
-        "proj_out_1.weight": state["final_layer.adaLN_modulation.1.weight"],
-        "proj_out_1.bias": state["final_layer.adaLN_modulation.1.bias"],
-        "proj_out_2.weight": state["final_layer.linear.weight"],
-        "proj_out_2.bias": state["final_layer.linear.bias"],
-    }
-    for i in range(depth):
-        ours, block = f"blocks.{i}.", f"transformer_blocks.{i}."
-        for end in ("weight", "bias"):
-            for name, part in zip("qkv", state[f"{ours}attn.qkv.{end}"].chunk(3)):
-                renamed[f"{block}attn1.to_{name}.{end}"] = part
-            renamed[f"{block}attn1.to_out.0.{end}"] = state[f"{ours}attn.proj.{end}"]
-            renamed[f"{block}ff.net.0.proj.{end}"] = state[f"{ours}mlp.fc1.{end}"]
-            renamed[f"{block}ff.net.2.{end}"] = state[f"{ours}mlp.fc2.{end}"]
-            renamed[f"{block}norm1.linear.{end}"] = state[f"{ours}adaLN_modulation.1.{end}"]
-            for theirs_n, ours_n in ((1, 0), (2, 2)):  # diffusers has the t and y embedders in every block
-                name = f"{block}norm1.emb.timestep_embedder.linear_{theirs_n}.{end}"
-                renamed[name] = state[f"t_embedder.mlp.{ours_n}.{end}"]
-        renamed[f"{block}norm1.emb.class_embedder.embedding_table.weight"] = state["y_embedder.embedding_table.weight"]
-    theirs.load_state_dict(renamed, strict=True)
-    theirs.pos_embed.pos_embed.data.copy_(state["pos_embed"])
-    for block in theirs.transformer_blocks:
-        block.norm1.emb.time_proj.downscale_freq_shift = 0  # as the paper's own code
-    return theirs
+from dit import PAPER_MODELS, DiT, sincos_pos_embed, unpatchify
+from published import from_diffusers
 
 
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(image_size=28, patch_size=4, in_channels=1, hidden_size=64, num_heads=4, num_classes=10),
-        dict(image_size=16, patch_size=2, in_channels=4, hidden_size=48, num_heads=3, num_classes=7, learn_sigma=True),
-        dict(image_size=24, patch_size=8, in_channels=3, hidden_size=96, num_heads=2, num_classes=1000),
+        dict(image_size=28, patch_size=4, in_channels=1, hidden_size=64, num_heads=4, num_classes=10, depth=3),
+        dict(image_size=24, patch_size=8, in_channels=3, hidden_size=96, num_heads=2, num_classes=1000, depth=3),
+        dict(image_size=32, in_channels=4, num_classes=1000, learn_sigma=True, **PAPER_MODELS["DiT-S/8"]),
+        dict(image_size=32, in_channels=4, num_classes=1000, learn_sigma=True, **PAPER_MODELS["DiT-S/2"]),
+        dict(image_size=32, in_channels=4, num_classes=7, learn_sigma=True, **PAPER_MODELS["DiT-XL/2"] | {"depth": 2}),
     ],
+    ids=["pixels", "colour", "S/8", "S/2", "XL/2 of two blocks"],
 )
 def test_forward_and_gradients_equal_diffusers(sizes):
-    ours = random_dit(depth=3, **sizes)
-    theirs = to_diffusers(ours, depth=3, num_heads=sizes["num_heads"])
-    x = torch.randn(5, sizes["in_channels"], sizes["image_size"], sizes["image_size"])
-    t = torch.tensor([0, 1, 10, 500, 999])
-    y = torch.arange(5) % sizes["num_classes"]
+    theirs, ours = diffusers_dit(**sizes), DiT(**sizes)
+    ours.load_state_dict(from_diffusers(theirs.state_dict(), sizes["image_size"]))
+    x = torch.randn(3, sizes["in_channels"], sizes["image_size"], sizes["image_size"])
+    t, y = torch.tensor([0, 10, 999]), torch.tensor([0, 5, sizes["num_classes"]])
     out, out_theirs = ours(x, t, y), theirs(x, timestep=t, class_labels=y).sample
-
-    def relative_error(a, b):
-        return ((a - b).norm() / b.norm()).item()
-
     assert relative_error(out, out_theirs) <= 1e-5
     direction = torch.randn_like(out)
     (out * direction).sum().backward()
     (out_theirs * direction).sum().backward()
-    pairs = [(ours.x_embedder.proj.weight, theirs.pos_embed.proj.weight)]
-    pairs += [(ours.final_layer.linear.weight, theirs.proj_out_2.weight)]
-    pairs += [(ours.final_layer.adaLN_modulation[1].weight, theirs.proj_out_1.weight)]
-    for block, block_theirs in zip(ours.blocks, theirs.transformer_blocks):
-        attention = block_theirs.attn1
-        pairs += [(block.mlp.fc1.weight, block_theirs.ff.net[0].proj.weight)]
-        pairs += [(block.mlp.fc2.bias, block_theirs.ff.net[2].bias)]
-        pairs += [(block.attn.proj.weight, attention.to_out[0].weight)]
-        pairs += [(block.adaLN_modulation[1].weight, block_theirs.norm1.linear.weight)]
-        theirs_qkv = torch.cat([attention.to_q.weight.grad, attention.to_k.weight.grad, attention.to_v.weight.grad])
-        assert relative_error(block.attn.qkv.weight.grad, theirs_qkv) <= 1e-5
-    for a, b in pairs:
-        assert relative_error(a.grad, b.grad) <= 1e-5
-    embedders = [block.norm1.emb for block in theirs.transformer_blocks]  # shared in ours: gradients add up
-    for a, name in (
-        (ours.t_embedder.mlp[0].weight, "timestep_embedder.linear_1.weight"),
-        (ours.t_embedder.mlp[2].weight, "timestep_embedder.linear_2.weight"),
-        (ours.y_embedder.embedding_table.weight, "class_embedder.embedding_table.weight"),
-    ):
-        total = sum(e.get_parameter(name).grad for e in embedders[1:])
-        total = total + embedders[0].get_parameter(name).grad
-        assert relative_error(a.grad, total) <= 1e-5
+    named = theirs.named_parameters(remove_duplicate=False)
+    expected = from_diffusers({name: parameter.grad for name, parameter in named}, sizes["image_size"])
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            assert relative_error(parameter.grad, expected[name]) <= 1e-5, name
 
 
 def test_position_embedding_equals_diffusers():

@@ -9,7 +9,10 @@ import inference
 from checkpoint import build_process, denoise, load_model, model_config, save_file
 from config import Config, UserError
 from dataset import denormalize
+from diffusion import Diffusion
+from dit import PAPER_MODELS
 from inference import parse_labels
+from published import decode, load_vae
 
 np = pytest.importorskip("numpy")
 
@@ -26,6 +29,15 @@ def model_file(tmp_path_factory):
 
 def infer(model_file, *flags) -> None:
     inference.main(["--checkpoint", str(model_file), "--device", "cpu", *map(str, flags)])
+
+
+@pytest.fixture(scope="module")
+def published_file(tmp_path_factory):
+    """A DiT-S/8 of random weights for latents of 16 x 16 x 4, as the paper's authors publish theirs."""
+    path = tmp_path_factory.mktemp("published") / "DiT-S-8-128x128.pt"
+    sizes = dict(image_size=16, in_channels=4, num_classes=1000, learn_sigma=True)
+    torch.save(random_dit(**sizes, **PAPER_MODELS["DiT-S/8"]).state_dict(), path)
+    return path
 
 
 def test_strip(model_file, tmp_path, capsys):
@@ -71,6 +83,45 @@ def test_samples_are_those_of_the_process(model_file, tmp_path):
     assert (np.load(tmp_path / "s.npz")["arr_0"] == denormalize(x).permute(0, 2, 3, 1).numpy()).all()
 
 
+def test_published_weights_sample_as_the_paper_does(published_file, vae_dir, tmp_path, capsys):
+    flags = ["--labels", "207,360", "--vae", vae_dir, "--seed", 9, "--num-samples", 2, "--sample-steps", 5]
+    infer(published_file, *flags, "--npz", tmp_path / "s.npz")
+    assert "by ddpm, 5 steps, guidance 4.0: 10 network" in capsys.readouterr().out
+    model, _ = load_model(published_file)
+    process, generator = Diffusion("linear", "noise", learn_sigma=True, clip_x0=False), torch.Generator().manual_seed(9)
+    noise, y = torch.randn(2, 4, 16, 16, generator=generator), torch.tensor([207, 360])
+    options = dict(steps=5, sampler="ddpm", cfg_scale=4.0, generator=generator)
+    *_, x = process.sample(model, noise, y, **options)
+    images = denormalize(decode(load_vae(str(vae_dir), 4), x)).permute(0, 2, 3, 1)
+    assert images.shape == (2, 32, 32, 3) and images.float().std() > 1
+    assert (np.load(tmp_path / "s.npz")["arr_0"] == images.numpy()).all()
+
+
+def test_latents_are_shown_decoded(published_file, vae_dir, tmp_path):
+    flags = ["--labels", "1,2,3,4", "--vae", vae_dir, "--sample-steps", 3]
+    infer(published_file, *flags, "--output", tmp_path / "strip.png", "--gif", tmp_path / "a.gif")
+    infer(published_file, *flags, "--output", tmp_path / "grid.png", "--num-samples", 4)
+    assert Image.open(tmp_path / "grid.png").size == (67, 67)  # 2 x 2 images of 32 pixels and their borders
+    gif = Image.open(tmp_path / "a.gif")
+    assert gif.n_frames == 4 and gif.size == (3 * 133, 3 * 34)
+    assert Image.open(tmp_path / "strip.png").size[0] > 200
+
+
+def test_the_strip_of_large_images_is_large(tmp_path):
+    inference.save_strip([torch.zeros(1, 3, 256, 256)] * 4, [207], tmp_path / "strip.png")
+    assert Image.open(tmp_path / "strip.png").width >= 4 * 256
+
+
+def test_latents_are_not_shown_without_a_vae(published_file):
+    with pytest.raises(UserError, match="draws latents of 4 channels; pip install diffusers.* add --vae"):
+        infer(published_file)
+
+
+def test_labels_beyond_the_published_classes_are_refused(published_file, vae_dir):
+    with pytest.raises(UserError, match="label 1000 is not one of the model's 1000 classes, 0 to 999"):
+        infer(published_file, "--vae", vae_dir, "--labels", "207,1000")
+
+
 def test_many_are_drawn_in_batches(model_file, monkeypatch):
     model, config = load_model(model_file)
     y, generator = torch.arange(7), torch.Generator().manual_seed(1)
@@ -104,6 +155,7 @@ def test_labels_are_parsed():
         (["--num-samples", "-3"], "num_samples is -3; it must be at least 1"),
         (["--npz", "s.npz"], "--npz needs --num-samples"),
         (["--num-samples", "3", "--gif", "a.gif"], "leave out --num-samples"),
+        (["--vae", "folder"], "the checkpoint draws pixels (in_channels 1); leave it out"),
         (["--output", "strip.tiff"], "must end in .png"),
         (["--output", "/no/such/folder/strip.png"], "its folder does not exist"),
         (["--labels", "1" * 101], "101 labels are too many for one picture"),

@@ -1,0 +1,176 @@
+"""Published weights: facebookresearch/DiT's files and `diffusers`', recognised by their tensors' names.
+
+    facebookresearch/DiT  DiT-XL-2-256x256.pt, a state dict with this repository's names, or what its train.py writes,
+                          {"model", "ema", "opt", "args"}, of which "ema" is taken
+    diffusers             the state dict of a DiTTransformer2DModel; q, k and v apart, t and y embedded in every block
+
+They denoise latents (B, 4, H / 8, W / 8); an AutoencoderKL of `diffusers` turns those into images (B, 3, H, W).
+"""
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import Config, UserError, preset
+from dit import PAPER_MODELS, SIZES, sincos_pos_embed
+
+DOWNLOADS = {
+    name: f"https://dl.fbaipublicfiles.com/DiT/models/{name}" for name in ("DiT-XL-2-256x256.pt", "DiT-XL-2-512x512.pt")
+}
+FIRST_EMBEDDER = "transformer_blocks.0.norm1.emb."  # each block has its own copy: all are equal
+FROM_DIFFUSERS = {  # parts of names, replaced in this order
+    FIRST_EMBEDDER + "timestep_embedder.linear_1.": "t_embedder.mlp.0.",
+    FIRST_EMBEDDER + "timestep_embedder.linear_2.": "t_embedder.mlp.2.",
+    FIRST_EMBEDDER + "class_embedder.": "y_embedder.",
+    "pos_embed.proj.": "x_embedder.proj.",
+    "proj_out_1.": "final_layer.adaLN_modulation.1.",
+    "proj_out_2.": "final_layer.linear.",
+    "transformer_blocks.": "blocks.",
+    ".attn1.to_q.": ".attn.qkv.",
+    ".attn1.to_out.0.": ".attn.proj.",
+    ".ff.net.0.proj.": ".mlp.fc1.",
+    ".ff.net.2.": ".mlp.fc2.",
+    ".norm1.linear.": ".adaLN_modulation.1.",
+}
+
+
+def from_diffusers(state: dict[str, Tensor], image_size: int = 32) -> dict[str, Tensor]:
+    """The state dict of diffusers' DiTTransformer2DModel under this repository's names.
+
+    It lacks the position embedding, which image_size, in latent pixels, decides.
+    """
+    converted = {}
+    for name, tensor in state.items():
+        if ".norm1.emb." in name and not name.startswith(FIRST_EMBEDDER):
+            continue
+        if ".attn1.to_k." in name or ".attn1.to_v." in name:
+            continue
+        if ".attn1.to_q." in name:
+            tensor = torch.cat([tensor, *(state[name.replace(".to_q.", f".to_{part}.")] for part in "kv")])
+        for theirs, ours in FROM_DIFFUSERS.items():
+            name = name.replace(theirs, ours)
+        converted[name] = tensor
+    hidden_size, _, patch_size, _ = converted["x_embedder.proj.weight"].shape
+    converted["pos_embed"] = sincos_pos_embed(hidden_size, image_size // patch_size)
+    return converted
+
+
+def sizes_of(state: dict[str, Tensor]) -> dict[str, int | bool]:
+    """What a DiT's state dict says of its Config.
+
+    Raises:
+        KeyError: for a tensor that every DiT has and this one lacks.
+    """
+    hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    values = patch_size**2 * in_channels
+    return {
+        "depth": 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1),
+        "hidden_size": hidden_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "image_size": round(state["pos_embed"].shape[1] ** 0.5) * patch_size,
+        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,  # the last row is the null class
+        "learn_sigma": state["final_layer.linear.weight"].shape[0] == 2 * values,
+    }
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong with a file's content, in one line."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def read_published(content: Any, path: str | Path) -> tuple[Config, dict[str, Tensor]]:
+    """The Config and the state dict of a published file's content; they sample as the paper does.
+
+    Raises:
+        UserError: if it is in neither format, or of a width and depth that are not the paper's.
+    """
+    try:
+        state = content["ema"] if {"ema", "args"} <= set(content) else content
+        if "pos_embed.proj.weight" in state:
+            beside = Path(path).with_name("config.json")  # where diffusers tells the size of the latents
+            state = from_diffusers(state, json.loads(beside.read_text())["sample_size"] if beside.exists() else 32)
+        sizes = sizes_of(state)
+    except Exception as error:  # a file can hold anything
+        lacks = 'it lacks "model" and "config"'
+        why = f"{lacks}, nor published weights: {reason_of(error)}"
+        raise UserError(f"{path} is not a Pocket DiT model: {why}") from error
+    for name, row in PAPER_MODELS.items():
+        if all(sizes.get(key, value) == value for key, value in row.items()):
+            settings = {key: value for key, value in sizes.items() if key not in row}
+            return preset(name, **settings, clip_x0=False, cfg_scale=4.0), state
+    rows = ", ".join(f"{size} {width} and {depth}" for size, (depth, width, _) in SIZES.items())
+    found = f"hidden_size {sizes['hidden_size']}, depth {sizes['depth']} and patch_size {sizes['patch_size']}"
+    raise UserError(f"{path}: {found} are in no row of the paper's table ({rows}; patches of 8, 4 or 2)")
+
+
+def optional(module: str, user: str) -> ModuleType:
+    """A module of a package that only `user` needs; UserError where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise UserError(f"{user} needs the package {package}; get it with: pip install {package}") from error
+
+
+def load_vae(folder: str | None, in_channels: int, device: str | torch.device = "cpu") -> torch.nn.Module | None:
+    """The AutoencoderKL for a model of latents; None for a model of pixels (1 or 3 channels), which needs none.
+
+    Raises:
+        UserError: if one is needed and missing or given and not needed, for a folder that is none or of other
+            latents, or without diffusers.
+    """
+    if in_channels in (1, 3):
+        if folder:
+            raise UserError(f"--vae {folder}: the checkpoint draws pixels (in_channels {in_channels}); leave it out")
+        return None
+    what = (
+        "the folder of an AutoencoderKL, such as a download of huggingface.co/stabilityai/sd-vae-ft-ema: "
+        "config.json and diffusion_pytorch_model.safetensors (or .bin)"
+    )
+    if not folder:
+        raise UserError(
+            f"the checkpoint draws latents of {in_channels} channels; pip install diffusers and add --vae DIR, {what}"
+        )
+    AutoencoderKL = optional("diffusers", "--vae").AutoencoderKL
+    try:
+        if json.loads((Path(folder) / "config.json").read_text())["_class_name"] != "AutoencoderKL":
+            raise ValueError("config.json names another class")
+        safe = any(Path(folder).glob("*.safetensors"))  # said, as is the memory, to be spared diffusers' advice on it
+        vae = AutoencoderKL.from_pretrained(
+            folder, local_files_only=True, use_safetensors=safe, low_cpu_mem_usage=False
+        )
+    except Exception as error:  # diffusers and what it reads with fail in many ways
+        raise UserError(f"--vae {folder} holds no AutoencoderKL ({type(error).__name__}); name {what}") from error
+    if vae.config.latent_channels != in_channels:
+        raise UserError(
+            f"--vae {folder} decodes {vae.config.latent_channels} channels; the checkpoint draws {in_channels}"
+        )
+    return vae.to(device).eval()
+
+
+@torch.no_grad()
+def decode(vae: torch.nn.Module, latents: Tensor) -> Tensor:
+    """Latents (N, C, h, w) -> images (N, 3, H, W) in about [-1, 1]; one at a time, for a VAE takes much memory."""
+    return torch.cat([vae.decode(latent / vae.config.scaling_factor).sample for latent in latents.split(1)])
+
+
+class Decoded(Sequence):
+    """Frames of latents as frames of images; each is decoded when it is asked for, as few of them are shown."""
+
+    def __init__(self, vae: torch.nn.Module, frames: list[Tensor]):
+        self.vae, self.frames = vae, frames
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return decode(self.vae, self.frames[i])
