@@ -48,6 +48,20 @@ def test_every_design_starts_at_zero_and_uses_the_label_and_the_timestep(block):
     assert not torch.allclose(model(x, t, y), model(x, t + 100, y), rtol=1e-3)
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+def test_without_attention_a_patch_sees_itself_alone(block):
+    model = random_dit(block=block)
+    for layer in model.blocks:
+        layer.attn.proj.weight.data.zero_()
+    x, t, y = torch.randn(1, 1, 28, 28), torch.tensor([5]), torch.tensor([1])
+    other = x.clone()
+    other[..., 4:8, 8:12] += 1
+    changed = (model(x, t, y) - model(other, t, y)).abs() > 1e-5
+    assert changed[..., 4:8, 8:12].any()
+    changed[..., 4:8, 8:12] = False
+    assert not changed.any()
+
+
 def test_only_adaln_zero_starts_as_the_identity():
     x, c = torch.randn(2, 5, 32), {"cross-attention": torch.randn(2, 2, 32)}
     for name in BLOCKS:
