@@ -67,6 +67,8 @@ def test_only_adaln_zero_starts_as_the_identity():
     for name in BLOCKS:
         block = DiT(hidden_size=32, depth=1, num_heads=2, block=name).blocks[0]
         assert torch.equal(block(x, c.get(name, torch.randn(2, 32))), x) == (name == "adaLN-Zero")
+        if name == "adaLN":
+            assert block.adaLN_modulation[1].weight.any()
 
 
 def test_adaln_is_adaln_zero_with_open_gates():

@@ -221,6 +221,16 @@ def test_bits_per_dim_of_gaussian_pixels_by_their_best_network_is_their_entropy(
     assert bits.shape == (8,) and bits.mean().item() == pytest.approx(entropy, abs=0.03)
 
 
+def test_bits_per_dim_count_what_is_left_of_the_image_in_x_T(monkeypatch):
+    process = Diffusion("linear", num_timesteps=10)  # so few that most is left
+    monkeypatch.setattr(process, "bound", lambda x0, *_: torch.zeros(len(x0)))
+    x0 = torch.rand(2, 1, 4, 4) * 2 - 1
+    bits = evaluate.bits_per_dim(process, lambda x, t, y: x, x0, torch.zeros(2).long(), torch.Generator())
+    acp = process.alphas_cumprod[-1]
+    kl = (acp * x0**2 + (1 - acp) - 1 - (1 - acp).log()) / 2
+    assert torch.allclose(bits, kl.mean((1, 2, 3)) / math.log(2))
+
+
 def test_bits_per_dim_of_a_checkpoint(tmp_path, mnist_dir, capsys):
     sizes = dict(image_size=28, patch_size=14, hidden_size=32, depth=1, num_heads=2, learn_sigma=True)
     config = model_config(Config(**sizes, dataset="mnist"))
