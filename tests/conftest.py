@@ -24,37 +24,6 @@ def random_dit(seed: int = 0, **sizes) -> DiT:
     return model
 
 
-def diffusers_dit(
-    image_size, patch_size, in_channels, hidden_size, num_heads, num_classes, depth=3, learn_sigma=False
-) -> torch.nn.Module:
-    """diffusers' DiT set up as the paper's own code, with every tensor redrawn as in random_dit."""
-    from diffusers import DiTTransformer2DModel  # here, for it takes seconds
-
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=num_heads,
-        attention_head_dim=hidden_size // num_heads,
-        in_channels=in_channels,
-        out_channels=in_channels * (2 if learn_sigma else 1),
-        num_layers=depth,
-        sample_size=image_size,
-        patch_size=patch_size,
-        num_embeds_ada_norm=num_classes,
-        norm_eps=1e-6,
-    ).eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.05)
-    for block in model.transformer_blocks:  # each has a t and a y embedder, which are equal in published weights
-        block.norm1.emb = model.transformer_blocks[0].norm1.emb
-        block.norm1.emb.time_proj.downscale_freq_shift = 0
-    return model
-
-
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Size of the difference of two tensors beside the second's."""
-    return ((a - b).norm() / b.norm()).item()
-
-
 def run(script: str, *flags: object, **env: str) -> subprocess.CompletedProcess:
     """`python SCRIPT FLAGS` at the repository's root, as a user does it."""
     command = [sys.executable, ROOT / script, *map(str, flags)]

@@ -4,10 +4,11 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import diffusers_dit, random_dit, relative_error
+from conftest import random_dit
 
+from benchmark import diffusers_dit, relative_error
 from checkpoint import load_model
-from config import UserError
+from config import Config, UserError
 from dit import PAPER_MODELS, sincos_pos_embed
 from published import Decoded, decode, load_vae
 
@@ -23,7 +24,8 @@ def ours():
 
 @pytest.fixture(scope="module")
 def theirs():
-    return diffusers_dit(**SIZES)
+    torch.manual_seed(0)
+    return diffusers_dit(Config(**SIZES))
 
 
 def hollow(state):
