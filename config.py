@@ -234,5 +234,9 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(f"error: {where}{error.strerror or error}; check that the path exists, is yours and has room left")
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # what torch says where memory is short, of any device
+            raise
+        sys.exit("error: not enough memory; try a smaller model or --batch-size, or train with --accumulation-steps")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -92,9 +92,11 @@ def test_run_script_turns_mistakes_into_one_line_and_lets_bugs_through():
     for error, words in (
         (UserError("no"), "error: no"),
         (PermissionError(13, "Permission denied", "a/b"), "error: a/b: Permission denied; check"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"), "error: not enough memory; try a smaller"),
     ):
         with pytest.raises(SystemExit) as exit:
             run_script(lambda error=error: fail(error))
         assert exit.value.code.startswith(words)
-    with pytest.raises(KeyError):
-        run_script(lambda: fail(KeyError("a bug")))
+    for bug in (KeyError, RuntimeError):
+        with pytest.raises(bug):
+            run_script(lambda bug=bug: fail(bug("a bug")))
