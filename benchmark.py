@@ -12,7 +12,8 @@
     ratio       the seconds of `diffusers` / ours, the same weights in both. All variants are timed in turn, again and
                 again, and a ratio is of two samples of the same round: the median of the rounds, and least to most.
 
-bf16 means autocast, for both; the weights stay fp32. "Compiled" is torch.compile, for both.
+bf16 means autocast, for both; the weights stay fp32. "Compiled" is torch.compile, for both. train.py also asks for sums
+in a fixed order (torch.use_deterministic_algorithms), which costs time on a GPU; here both networks go without.
 """
 
 import json
@@ -109,7 +110,7 @@ class Step:
         # Every weight is used once a pass: to keep its bf16 copy until the end would only take memory.
         with torch.autocast(self.x.device.type, torch.bfloat16, precision == "bf16", cache_enabled=False):
             out = network(self.x, self.t, self.y)
-        return out if isinstance(out, Tensor) else out.sample  # diffusers puts it in a box
+        return out if isinstance(out, Tensor) else out.sample  # diffusers wraps it in an object
 
     def forward(self, network: Callable, precision: str) -> Tensor:
         with torch.no_grad():
@@ -135,7 +136,7 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
 
 
 def seconds_of(call: Callable, calls: int, device: torch.device) -> float:
-    """Mean seconds of one of so many calls in a row."""
+    """Mean seconds a call, of so many in a row."""
     start = time.perf_counter()
     for _ in range(calls):
         call()
@@ -145,15 +146,16 @@ def seconds_of(call: Callable, calls: int, device: torch.device) -> float:
 
 
 def matmul_peak(device: torch.device, precision: str) -> float:
-    """The most FLOP/s that five large square matrix products reach, a multiply-add counted as two."""
+    """The most FLOP/s that large square matrix products reach, a multiply-add counted as two."""
     size = MATMUL_SIZE.get(device.type, 4096)
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     seconds_of(lambda: a @ a, 1, device)  # the first one also loads the library
-    return 2 * size**3 / min(seconds_of(lambda: a @ a, 1, device) for _ in range(5))
+    calls = math.ceil(SAMPLE_SECONDS / 5 / seconds_of(lambda: a @ a, 1, device))
+    return 2 * size**3 / min(seconds_of(lambda: a @ a, calls, device) for _ in range(5))
 
 
 def time_in_turn(calls: dict[Any, Callable], repeats: int, device: torch.device) -> dict[Any, list[float]]:
-    """Seconds of each call, a figure a round; a round takes one sample of every call, so that all share its weather."""
+    """Seconds of each call, a figure a round; a round takes one sample of every call, so that all share the machine's ups and downs."""
     counts = {}
     for name, call in calls.items():
         seconds_of(call, 2, device)  # compiles, and warms up
@@ -244,7 +246,7 @@ def measure_speed(variants: dict[str, dict], mode: str, step: Step, repeats: int
             else:
                 calls[name, variant] = partial(step.forward, *arguments)
     samples = time_in_turn(calls, repeats, step.x.device)
-    return {name: {variant: samples[name, variant] for variant in variants} for name in networks}
+    return {name: {variant: samples[name, variant] for variant in variants} for name in variants["eager fp32"]}
 
 
 def compare(seconds: dict[str, dict[str, list[float]]]) -> list[dict]:
@@ -275,7 +277,9 @@ def measure_model(
     variants = {f"eager {precision}": networks for precision in peaks}  # the last of all is our default
     if compiling:
         default = list(peaks)[-1]
-        compiled = {name: compile_network(net, lambda net: step.loss(net, default)) for name, net in networks.items()}
+        compiled = {
+            name: compile_network(net, lambda net: step.loss(net, default).backward()) for name, net in networks.items()
+        }
         if all(compiled[name] is not networks[name] for name in networks):  # it worked
             variants[f"compiled {default}"] = compiled
     for mode in modes:
@@ -311,10 +315,11 @@ def print_report(report: dict) -> None:
     for name, model in report["models"].items():
         for mode, speed in model["speed"].items():
             row = {"model": name, "million parameters": f"{model['parameters'] / 1e6:.1f}"}
-            row |= {"Gflops": f"{model['gflops']:.2f}", "images/s of": mode, "batch": str(model["batch_size"])}
+            row |= {"Gflops": f"{model['gflops']:.2f}", "images/s in": mode, "batch": str(model["batch_size"])}
             row |= {variant: f"{figure:,.1f}" for variant, figure in speed["images_per_second"]["ours"].items()}
-            speeds.append(row | {"of peak": f"{list(speed['share_of_peak'].values())[-1]:.0%}"})
-            row = {"model": name, "times as fast in": mode}
+            variant, share = list(speed["share_of_peak"].items())[-1]
+            speeds.append(row | {f"of peak, {variant}": f"{share:.0%}"})
+            row = {"model": name, "speed-up in": mode}
             for ratio in speed.get("ratios", ()):
                 variants = dict.fromkeys((ratio["ours"], ratio["diffusers"]))  # one name, where they are the same
                 row[" / ".join(variants)] = f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})"
@@ -383,12 +388,13 @@ def main(argv: list[str] | None = None) -> None:
     machine["peaks"] = {name: matmul_peak(device, name) for name in dict.fromkeys(("fp32", precision))}
     for name, config in configs.items():
         print(f"{name}, {batch_size(config)} images", flush=True)
+        settings = (device, machine["peaks"], given.get("compile") != "off", repeats)
         try:
-            settings = (device, machine["peaks"], given.get("compile") != "off", repeats)
-            report["models"][name] = measure_model(config, modes, batch_size(config), *settings)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"{name} with {batch_size(config)} images does not fit; lower --batch-size") from error
-        report["models"][name]["memory"] = memory[name]
+            report["models"][name] = measure_model(config, modes, batch_size(config), *settings) | {
+                "memory": memory[name]
+            }
+        except torch.OutOfMemoryError:
+            print(f"{name} with {batch_size(config)} images does not fit; left out: try a smaller --batch-size")
     print_report(report)
     if "json" in given:
         Path(given["json"]).write_text(json.dumps(report, indent=1))

@@ -53,7 +53,7 @@ def load_file(path: str | Path) -> Any:
     if not os.path.isfile(path):
         address = DOWNLOADS.get(os.path.basename(path))
         advice = f"download it from {address}" if address else "name a file of weights, such as runs/digits/model.pth"
-        raise UserError(f"{path} does not exist; {advice}")
+        raise UserError(f"{path} {'is a folder' if os.path.isdir(path) else 'does not exist'}; {advice}")
     if str(path).endswith(".safetensors"):
         read = optional("safetensors.torch", str(path)).load_file
     else:
@@ -171,9 +171,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Di
         for name, parameter in model.state_dict().items():
             shape = shapes.pop(name, "missing")
             if shape != tuple(parameter.shape):
-                raise UserError(f"{name} is {shape}, but its config asks for {tuple(parameter.shape)}")
+                raise UserError(f"{name} is {shape}; in a model of its sizes it is {tuple(parameter.shape)}")
         if shapes:
-            raise UserError(f"{next(iter(shapes))} is no part of the model that its config describes")
+            raise UserError(f"{next(iter(shapes))} is no part of a model of its sizes")
         model.to_empty(device=device).load_state_dict(state)
     except Exception as error:  # a file can lie in more ways than can be listed
         raise UserError(f"{path} holds no usable model: {reason_of(error)}") from error

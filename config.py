@@ -44,27 +44,18 @@ DDPM |= dict(lr_decay="constant", warmup_steps=0, weight_decay=0.0)
 
 PRESETS = {
     "digits": {},  # the defaults: digits in ten minutes on a laptop's CPU
-    "flow": dict(  # the same time, by rectified flow
-        process="flow_matching",
-        time_mean=0.5,
-        sampler="euler",
-        sample_steps=25,
-        cfg_scale=1.4,
-        cfg_low=0.0,
-        cfg_high=1.0,
-    ),
-    "long": dict(  # four times the tokens, and the time to learn to use them: the weights of model.pth
-        patch_size=7,
-        hidden_size=128,
-        train_steps=28_000,
-    ),
+    "flow": dict(process="flow_matching", time_mean=0.5)  # the same time, by rectified flow
+    | dict(sampler="euler", sample_steps=25, cfg_scale=1.4, cfg_low=0.0, cfg_high=1.0),
+    # Four times the tokens, and the time to learn to use them: the weights of model.pth.
+    "long": dict(patch_size=7, hidden_size=128, train_steps=28_000),
     "classic": DDPM  # the recipe of most teaching repositories, for comparison, in this one's model and loop
     | dict(patch_size=4, hidden_size=64, depth=3, loss="l1", learning_rate=1e-3, batch_size=300, train_steps=2000)
     | dict(sample_steps=1000, cfg_scale=1.0),
 }
-for name, sizes in PAPER_MODELS.items():  # the paper's recipe; its images are latents of 32 x 32 x 4
-    PRESETS[name] = DDPM | dict(sizes, image_size=32, learn_sigma=True, sample_steps=250, cfg_scale=1.5)
-    PRESETS[name] |= dict(learning_rate=1e-4, batch_size=256, ema_decay=0.9999, train_steps=400_000)
+# The recipe of the DiT paper; its images are latents of 32 x 32 x 4.
+PAPER = DDPM | dict(image_size=32, learn_sigma=True, sample_steps=250, cfg_scale=1.5)
+PAPER |= dict(learning_rate=1e-4, batch_size=256, ema_decay=0.9999, train_steps=400_000)
+PRESETS |= {name: PAPER | sizes for name, sizes in PAPER_MODELS.items()}
 
 
 @dataclass(frozen=True)
@@ -108,8 +99,8 @@ class Config:
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = option("auto", "auto: bf16 where the machine gains from it", choices=("auto", "fp32", "bf16"))
     compile: str = option("auto", "torch.compile the training step; auto: in long runs", choices=("auto", "on", "off"))
-    activation_checkpointing: bool = option(False, "less memory for a third more work", bool)
-    accumulation_steps: int = option(1, "compute a step's gradient in so many parts: less memory", int)
+    activation_checkpointing: bool = option(False, "recompute activations: less memory, more work", bool)
+    accumulation_steps: int = option(1, "split each batch into so many parts: less memory", int)
     log_every: int = option(50, "steps between rows of loss.csv", int)
     sample_every: int = option(1000, "steps between sample grids", int)
     checkpoint_every: int = option(1000, "steps between checkpoints", int)

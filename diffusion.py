@@ -71,9 +71,9 @@ def guided(model: Callable, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -
         return model(x, t, y)
     null = torch.full_like(y, model.num_classes)
     conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
-    guided = unconditional + cfg_scale * (conditional - unconditional)
+    output = unconditional + cfg_scale * (conditional - unconditional)
     C = x.shape[1]
-    return torch.cat([guided[:, :C], conditional[:, C:]], dim=1)  # a learned variance is the conditional one
+    return torch.cat([output[:, :C], conditional[:, C:]], dim=1)  # a learned variance is the conditional one
 
 
 class Diffusion:
@@ -147,16 +147,13 @@ class Diffusion:
         t = (time * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
         return t, torch.randn(x0.shape, device=x0.device, generator=generator)
 
-    def loss(self, model: Callable, x0: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
-        """The training loss at a random t for each image: x0 (B, C, H, W) in [-1, 1], y (B,) -> scalar."""
-        return self.loss_at(model, x0, y, *self.draw(x0, generator))
+    def loss(self, model: Callable, x0: Tensor, y: Tensor, generator: Generator | None = None, drawn=None) -> Tensor:
+        """The training loss: x0 (B, C, H, W) in [-1, 1], y (B,), what `draw` draws, unless it is given -> scalar.
 
-    def loss_at(self, model: Callable, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The loss at these timesteps, with this noise: L_simple (Ho et al., eq. 14), with learn_sigma L_hybrid.
-
-        L_hybrid = L_simple + 0.001 L_vlb, the sum of the T bounds, which teaches the variance alone (Nichol & Dhariwal,
-        eq. 16).
+        L_simple (Ho et al., eq. 14); with learn_sigma L_simple + 0.001 L_vlb, the sum of the T bounds (for uniform t),
+        which teaches the variance alone (Nichol & Dhariwal, eq. 16).
         """
+        t, noise = drawn or self.draw(x0, generator)
         x = self.q_sample(x0, t, noise)
         output, v = self.split(model(x, t, y).float())
         target = self.target(x0, t, noise)
@@ -195,19 +192,19 @@ class Diffusion:
         return (1 - acp_next) / (1 - acp) * beta, beta
 
     def log_variance(self, v: Tensor | None, t: int | Tensor, t_next: int | Tensor) -> Tensor:
-        """The posterior's (v None), or between that (v = -1) and beta's (v = 1) (Nichol & Dhariwal, eq. 15).
+        """Of a step: the posterior's (v None), or between that (v = -1) and beta (v = 1) (Nichol & Dhariwal, eq. 15).
 
         At the last step, where the posterior's variance is 0, that of the step before it stands in.
         """
         least, beta = self.variances(t, t_next)
-        log_least = least.clamp(min=self.variances(1, 0)[0]).log()
-        return log_least if v is None else torch.lerp(log_least, beta.log(), (v + 1) / 2)
+        log_least = least.clamp(min=self.variances(1, 0)[0].item()).log()
+        return log_least if v is None else log_least + (v + 1) / 2 * (beta.log() - log_least)
 
     def bound(self, x0: Tensor, x: Tensor, t: Tensor, output: Tensor, v: Tensor | None) -> Tensor:
         """Timestep t's term of the variational bound on -log2 p(x_0), in bits per dimension -> (B,).
 
-        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) (Ho et al., eq. 5); at t = 0 -log p(x_0 | x_1), the mass of the
-        Gaussian between the middles to the two neighbours of each pixel's value, of 256 (their eq. 13).
+        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) (Ho et al., eq. 5); at t = 0 -log p(x_0 | x_1), of the
+        Gaussian's mass within half a grey level of each pixel's value, of 256 (their eq. 13).
         """
 
         def gaussian(x0: Tensor, v: Tensor | None) -> Normal:
@@ -243,7 +240,7 @@ class Diffusion:
 
         Args:
             y: labels (B,); model.num_classes means "any".
-            steps: network calls, 1 to T.
+            steps: how many of the T timesteps to call the network at, 1 to T.
             sampler: "ddpm" (ancestral; Ho et al., 2020), "ddim" (Song et al., 2021) or "dpm++" (Lu et al., 2022).
             cfg_scale: guidance, 1 for none.
             cfg_interval: guide only where the noise level (t + 1) / T is above the first and at most the second of

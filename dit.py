@@ -135,9 +135,8 @@ class DiT(nn.Module):
         # The patch embedding is a linear map in a convolution's clothes: initialise it as one.
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(embedding.weight, std=0.02)
         # The "Zero" of adaLN-Zero: all gates closed. And, in all designs, an output of exactly 0.
         zeroed = [self.final_layer.linear]
         if self.block == "adaLN-Zero":

@@ -12,6 +12,7 @@ The three designs that the paper compares it with stand below it, for comparison
 x (B, N, D) tokens, c (B, D)  ->  (B, N, D)
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,8 +25,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V in each head: q (B, N, D), k and v (B, M, D) -> (B, N, D) (Vaswani et al., 2017)."""
     q, k, v = (part.unflatten(2, (num_heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, heads, N, d)
-    if q.device.type == "cpu":
-        # For a few hundred tokens, plain matrix products beat the CPU's fused kernel, in bf16 by far.
+    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.shape[2] <= 16):
+        # Plain matrix products beat the CPU's fused kernel in bf16, by far, and for a few tokens in compiled code.
         weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, N, M)
         x = weights @ v
     else:
@@ -68,13 +69,15 @@ def layer_norm(hidden_size: int) -> nn.LayerNorm:
 class DiTBlock(nn.Module):
     """One adaLN-Zero block: x (B, N, D), c (B, D) -> (B, N, D)."""
 
+    num_vectors = 6  # that c becomes
+
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
         self.norm1 = layer_norm(hidden_size)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = layer_norm(hidden_size)
         self.mlp = Mlp(hidden_size)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, self.num_vectors * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaLN_modulation(c).chunk(6, dim=1)
@@ -86,9 +89,7 @@ class DiTBlock(nn.Module):
 class AdaLNBlock(DiTBlock):
     """adaLN: adaLN-Zero without its gates, and without the zeros at the start."""
 
-    def __init__(self, hidden_size: int, num_heads: int):
-        super().__init__(hidden_size, num_heads)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 4 * hidden_size))
+    num_vectors = 4
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_1, scale_1, shift_2, scale_2 = self.adaLN_modulation(c).chunk(4, dim=1)

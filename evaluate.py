@@ -139,11 +139,18 @@ def check_fit(shape: tuple, labels: Tensor, data: Dataset) -> None:
         raise UserError(f"labels {labels.min()} to {labels.max()} are not all of {data.name}'s, 0 to {classes - 1}")
 
 
+def check_model(model: DiT, data: Dataset, path: str) -> None:
+    """Refuse a model of other images or other classes than data's."""
+    check_fit((model.in_channels, model.image_size, model.image_size), data.labels, data)
+    if model.num_classes != int(data.labels.max()) + 1:
+        raise UserError(f"{path} draws {model.num_classes} classes, not {data.name}'s; name its --dataset")
+
+
 def refuse_others(given: dict, flag: str) -> None:
     """Refuse the flags that are left: the one named makes them useless."""
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise UserError(f"{flags} would change nothing about {flag}; leave it out")
+        raise UserError(f"{flags} would change nothing with {flag}; leave it out")
 
 
 def report_bits(given: dict, data_dir: str) -> dict:
@@ -157,7 +164,7 @@ def report_bits(given: dict, data_dir: str) -> dict:
     if not isinstance(process, Diffusion):
         raise UserError(f"--bits-per-dim is a bound of diffusions; {checkpoint} is a model of {config.process}")
     test = load_dataset(name, data_dir, train=False, image_size=model.image_size)
-    check_fit((model.in_channels, model.image_size, model.image_size), test.labels, test)
+    check_model(model, test, checkpoint)
     if not 2 <= count <= len(test.labels):
         raise UserError(f"--bits-per-dim {count}: give 2 to {len(test.labels)}, as many as there are test images")
     generator = torch.Generator(device).manual_seed(seed)
@@ -212,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
         name = given.pop("dataset", "mnist")
         refuse_others(given, "the images of --npz")
         images, labels = read_npz(npz)
-        num_samples, shape = len(images), tuple(images.shape[1:])
+        num_samples = len(images)
     else:
         checkpoint, num_samples = given.pop("checkpoint", "model.pth"), given.pop("num_samples", HELD_OUT)
         seeds, device = given.pop("seeds", 1), choose_device(given.pop("device", "auto"))
@@ -220,14 +227,15 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"seeds is {seeds}; it must be at least 1")
         model, config = load_model(checkpoint, device)
         config = config.replace(**given)
-        name, shape = config.dataset, (model.in_channels, model.image_size, model.image_size)
+        name = config.dataset
     if not 100 <= num_samples <= HELD_OUT:
         raise UserError(f"{num_samples} samples: give 100 to {HELD_OUT}, as many as there are unseen real images")
 
     train, test = (load_dataset(name, data_dir, train=part) for part in (True, False))
-    check_fit(shape, labels if npz else test.labels, train)
-    if not npz and model.num_classes != int(train.labels.max()) + 1:
-        raise UserError(f"{checkpoint} draws {model.num_classes} classes, not {train.name}'s; name its --dataset")
+    if npz:
+        check_fit(tuple(images.shape[1:]), labels, train)
+    else:
+        check_model(model, train, checkpoint)
     if len(test.labels) < num_samples:
         raise UserError(f"{num_samples} samples: {train.name} has {len(test.labels)} test images; give at most as many")
     size = train.images.shape[-1]

@@ -46,12 +46,9 @@ class FlowMatching:
         t = draw_time(len(x0), self.time_sampling, self.time_mean, x0.device, generator)
         return t, torch.randn(x0.shape, device=x0.device, generator=generator)
 
-    def loss(self, model: Callable, x0: Tensor, y: Tensor, generator: Generator | None = None) -> Tensor:
-        """The training loss at a random t for each image: x0 (B, C, H, W) in [-1, 1], y (B,) -> scalar."""
-        return self.loss_at(model, x0, y, *self.draw(x0, generator))
-
-    def loss_at(self, model: Callable, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The loss at these times, with this noise."""
+    def loss(self, model: Callable, x0: Tensor, y: Tensor, generator: Generator | None = None, drawn=None) -> Tensor:
+        """The training loss: x0 (B, C, H, W) in [-1, 1], y (B,), what `draw` draws, unless it is given -> scalar."""
+        t, noise = drawn or self.draw(x0, generator)
         x = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
         output = model(x, NUM_TIMESTEPS * t, y).float()
         target = forgive_overshoot(x0, output) if self.prediction == "x0" else noise - x0

@@ -6,7 +6,6 @@ latents, such as the paper's own, need a VAE that decodes them (--vae).
 """
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+from torch.nn import Module
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -22,12 +22,12 @@ from config import SAMPLING, Config, Parser, UserError, run_script
 from dataset import denormalize
 from dit import DiT
 from machine import choose_device
-from published import Decoded, decode, load_vae
+from published import decode, load_vae
 
-BATCH_SIZE = 500  # of --num-samples; part of what a seed means
+BATCH_SIZE, MOST_TOKENS = 500, 50_000  # of what is drawn at a time; part of what a seed means
 
 
-def some_of(frames: Sequence[Tensor], count: int) -> list[int]:
+def some_of(frames: list[Tensor], count: int) -> list[int]:
     """At most `count` evenly spaced indices of the frames, the first and the last among them."""
     return torch.linspace(0, len(frames) - 1, min(count, len(frames))).round().int().tolist()
 
@@ -37,10 +37,10 @@ def mosaic(images: Tensor, columns: int) -> np.ndarray:
     return make_grid(denormalize(images).cpu(), nrow=columns, padding=1, pad_value=64).permute(1, 2, 0).numpy()
 
 
-def save_strip(frames: Sequence[Tensor], labels: list[int], path: str | Path, columns: int = 11) -> None:
-    """The progression: a row per label, from noise at the left to the image at the right."""
-    chosen = some_of(frames, columns)
-    rows = torch.stack([frames[i] for i in chosen], dim=1).flatten(0, 1)  # label by label
+def save_strip(frames: list[Tensor], labels: list[int], path: str | Path, vae: Module | None = None) -> None:
+    """The progression: a row per label, from noise at the left to the image at the right, in at most 11 columns."""
+    chosen = some_of(frames, 11)
+    rows = torch.stack([decode(vae, frames[i]) for i in chosen], dim=1).flatten(0, 1)  # label by label
     picture = mosaic(rows, len(chosen))
     figure = Figure(figsize=(0.6 * len(chosen) + 0.6, 0.6 * len(labels) + 0.6), layout="constrained")
     axes = figure.subplots()
@@ -54,9 +54,9 @@ def save_strip(frames: Sequence[Tensor], labels: list[int], path: str | Path, co
     figure.savefig(path, dpi=max(100, pitch / 0.6))  # large images at about their own size
 
 
-def save_gif(frames: Sequence[Tensor], path: str | Path) -> None:
+def save_gif(frames: list[Tensor], path: str | Path, vae: Module | None = None) -> None:
     """The same as an animation: all labels side by side, about four seconds and a pause at the end."""
-    pictures = [Image.fromarray(mosaic(frames[i], 10)) for i in some_of(frames, 50)]
+    pictures = [Image.fromarray(mosaic(decode(vae, frames[i]), 10)) for i in some_of(frames, 50)]
     zoom = 3 if pictures[0].width < 400 else 1
     pictures = [picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST) for picture in pictures]
     durations = [80] * (len(pictures) - 1) + [2000]  # milliseconds
@@ -86,8 +86,8 @@ def check_path(flag: str, path: str, suffix: str) -> None:
 
 
 def draw(model: DiT, config: Config, y: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (N, C, H, W) in [-1, 1] for the labels y (N,), BATCH_SIZE of them at a time."""
-    parts, images = y.split(BATCH_SIZE), []
+    """Images (N, C, H, W) in [-1, 1] for the labels y (N,), some at a time."""
+    parts, images = y.split(max(1, min(BATCH_SIZE, MOST_TOKENS // model.pos_embed.shape[1]))), []
     with tqdm(total=len(parts) * (config.sample_steps + 1), unit="step", leave=False) as bar:
         for part in parts:
             for x in denoise(model, config, part, generator):
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
 
     device = choose_device(given.pop("device", "auto"))
     model, config = load_model(given.pop("checkpoint"), device)
-    vae = load_vae(given.pop("vae", None), model.in_channels, device)
+    vae = load_vae(given.pop("vae", None), config, device)
     text = given.pop("labels", None)
     labels = list(range(min(config.num_classes, 10))) if text is None else parse_labels(text, config.num_classes)
     if num_samples is None and len(labels) > 100:
@@ -136,23 +136,19 @@ def main(argv: list[str] | None = None) -> None:
     count = num_samples or len(labels)
     y = torch.tensor([labels[i % len(labels)] for i in range(count)], device=device)
     if num_samples:
-        images = draw(model, config, y, generator)
+        images = decode(vae, draw(model, config, y, generator))
     else:
         frames = list(tqdm(denoise(model, config, y, generator), total=config.sample_steps + 1, leave=False))
-    if vae and num_samples:
-        images = decode(vae, images)
-    elif vae:
-        frames = Decoded(vae, frames)
     seconds = time.perf_counter() - start
 
     if npz:
         np.savez(npz, denormalize(images).permute(0, 2, 3, 1).cpu().numpy(), y.cpu().numpy())
     if gif:
-        save_gif(frames, gif)
+        save_gif(frames, gif, vae)
     if output and num_samples:
         Image.fromarray(mosaic(images, round(num_samples**0.5))).save(output)
     elif output:
-        save_strip(frames, labels, output)
+        save_strip(frames, labels, output, vae)
     print(f"{count} images by {sampling_of(config)} an image, {seconds:.1f} s on {device}")
     print("written: " + ", ".join(path for path in (output, gif, npz) if path))
 

@@ -9,7 +9,6 @@ They denoise latents (B, 4, H / 8, W / 8); an AutoencoderKL of `diffusers` turns
 
 import importlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,15 +93,16 @@ def read_published(content: Any, path: str | Path) -> tuple[Config, dict[str, Te
         UserError: if it is in neither format, or of a width and depth that are not the paper's.
     """
     try:
-        state = content["ema"] if {"ema", "args"} <= set(content) else content
+        state = content["ema"] if "ema" in content else content
         if "pos_embed.proj.weight" in state:
             beside = Path(path).with_name("config.json")  # where diffusers tells the size of the latents
             state = from_diffusers(state, json.loads(beside.read_text())["sample_size"] if beside.exists() else 32)
         sizes = sizes_of(state)
     except Exception as error:  # a file can hold anything
-        lacks = 'it lacks "model" and "config"'
-        why = f"{lacks}, nor published weights: {reason_of(error)}"
-        raise UserError(f"{path} is not a Pocket DiT model: {why}") from error
+        why = reason_of(error) if isinstance(content, dict) else "it holds no state dict"
+        raise UserError(
+            f'{path} is neither a Pocket DiT model (it lacks "model" and "config") nor published weights ({why})'
+        ) from error
     for name, row in PAPER_MODELS.items():
         if all(sizes.get(key, value) == value for key, value in row.items()):
             settings = {key: value for key, value in sizes.items() if key not in row}
@@ -121,16 +121,16 @@ def optional(module: str, user: str) -> ModuleType:
         raise UserError(f"{user} needs the package {package}; get it with: pip install {package}") from error
 
 
-def load_vae(folder: str | None, in_channels: int, device: str | torch.device = "cpu") -> torch.nn.Module | None:
-    """The AutoencoderKL for a model of latents; None for a model of pixels (1 or 3 channels), which needs none.
+def load_vae(folder: str | None, config: Config, device: str | torch.device = "cpu") -> torch.nn.Module | None:
+    """The AutoencoderKL for a model of latents (clip_x0 off, and not 1 or 3 channels); None for a model of pixels.
 
     Raises:
         UserError: if one is needed and missing or given and not needed, for a folder that is none or of other
             latents, or without diffusers.
     """
-    if in_channels in (1, 3):
+    if config.clip_x0 or config.in_channels in (1, 3):
         if folder:
-            raise UserError(f"--vae {folder}: the checkpoint draws pixels (in_channels {in_channels}); leave it out")
+            raise UserError(f"--vae {folder}: the checkpoint draws pixels; leave it out")
         return None
     what = (
         "the folder of an AutoencoderKL, such as a download of huggingface.co/stabilityai/sd-vae-ft-ema: "
@@ -138,39 +138,31 @@ def load_vae(folder: str | None, in_channels: int, device: str | torch.device = 
     )
     if not folder:
         raise UserError(
-            f"the checkpoint draws latents of {in_channels} channels; pip install diffusers and add --vae DIR, {what}"
+            f"the checkpoint draws latents of {config.in_channels} channels; "
+            f"pip install diffusers and add --vae DIR, {what}"
         )
     AutoencoderKL = optional("diffusers", "--vae").AutoencoderKL
     try:
         if json.loads((Path(folder) / "config.json").read_text())["_class_name"] != "AutoencoderKL":
             raise ValueError("config.json names another class")
-        safe = any(Path(folder).glob("*.safetensors"))  # said, as is the memory, to be spared diffusers' advice on it
+        safe = any(Path(folder).glob("*.safetensors"))  # given, as is low_cpu_mem_usage, to silence diffusers' advice
         vae = AutoencoderKL.from_pretrained(
             folder, local_files_only=True, use_safetensors=safe, low_cpu_mem_usage=False
         )
     except Exception as error:  # diffusers and what it reads with fail in many ways
         raise UserError(f"--vae {folder} holds no AutoencoderKL ({type(error).__name__}); name {what}") from error
-    if vae.config.latent_channels != in_channels:
-        raise UserError(
-            f"--vae {folder} decodes {vae.config.latent_channels} channels; the checkpoint draws {in_channels}"
-        )
+    if vae.config.latent_channels != config.in_channels:
+        channels = vae.config.latent_channels
+        raise UserError(f"--vae {folder} decodes {channels} channels; the checkpoint draws {config.in_channels}")
     return vae.to(device).eval()
 
 
 @torch.no_grad()
-def decode(vae: torch.nn.Module, latents: Tensor) -> Tensor:
-    """Latents (N, C, h, w) -> images (N, 3, H, W) in about [-1, 1]; one at a time, for a VAE takes much memory."""
+def decode(vae: torch.nn.Module | None, latents: Tensor) -> Tensor:
+    """Latents (N, C, h, w) -> images (N, 3, H, W) in about [-1, 1]; without a VAE they are the images.
+
+    One at a time, for a VAE takes much memory.
+    """
+    if vae is None:
+        return latents
     return torch.cat([vae.decode(latent / vae.config.scaling_factor).sample for latent in latents.split(1)])
-
-
-class Decoded(Sequence):
-    """Frames of latents as frames of images; each is decoded when it is asked for, as few of them are shown."""
-
-    def __init__(self, vae: torch.nn.Module, frames: list[Tensor]):
-        self.vae, self.frames = vae, frames
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def __getitem__(self, i: int) -> Tensor:
-        return decode(self.vae, self.frames[i])

@@ -75,7 +75,7 @@ def draw_batch(images: Tensor, labels: Tensor, config: Config, generator: torch.
 def save_samples(path: Path, ema: nn.Module, config: Config, device: torch.device) -> None:
     """A grid of samples, a row for each label, the same noise every time, so that only learning changes it."""
     y = torch.arange(min(config.num_classes, 10), device=device).repeat_interleave(8)
-    config = config.replace(sample_steps=min(config.sample_steps, 50))  # a look in passing, not the final images
+    config = config.replace(sample_steps=min(config.sample_steps, 50))  # a preview
     for x in denoise(ema, config, y, torch.Generator(device).manual_seed(config.seed)):
         pass
     save_image(x, path, nrow=8, normalize=True, value_range=(-1, 1))
@@ -140,9 +140,9 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         """Add a batch's gradient to the parameters', in accumulation_steps parts; returns its loss."""
         x0, y = draw_batch(images, labels, config, generator)
         batch, loss = (x0, y, *process.draw(x0, generator)), torch.zeros((), device=device)
-        for part in zip(*(tensor.chunk(config.accumulation_steps) for tensor in batch)):
+        for x0, y, *drawn in zip(*(tensor.chunk(config.accumulation_steps) for tensor in batch)):
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                part_loss = process.loss_at(network, *part) / config.accumulation_steps
+                part_loss = process.loss(network, x0, y, drawn=drawn) / config.accumulation_steps
             part_loss.backward()
             loss += part_loss.detach()
         return loss
@@ -204,16 +204,15 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
             if step % config.sample_every == 0 and not done:
                 save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, device)
                 clock = time.perf_counter()
-            if step % config.checkpoint_every == 0 or done:
+            if step % config.checkpoint_every == 0 and not done:
                 save_checkpoint()
                 clock = time.perf_counter()
 
+    save_checkpoint()
     save_loss_plot(out_dir / "loss.png", rows)
     if step < config.train_steps:
-        save_checkpoint()
         print(f"stopped at step {step:,}; to go on: python train.py --resume --out-dir {out_dir}")
         sys.exit(128 + signals[0])
-    save_file({"model": ema.state_dict(), "config": model_config(config)}, out_dir / "model.pth")
     save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, device)
     print(f"done; to see digits: python inference.py --checkpoint {out_dir / 'model.pth'}")
     return out_dir

@@ -60,7 +60,7 @@ def write_zip(path):
     "write, message",
     [
         (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "does not exist"),
+        (lambda path: path.mkdir(), "is a folder; name a file"),
         (lambda path: path.write_bytes(b""), "is damaged or not a file of weights"),
         (lambda path: path.write_bytes(os.urandom(5000)), "is damaged or not a file of weights"),
         (lambda path: path.write_text("hello"), "is damaged or not a file of weights"),
@@ -104,8 +104,11 @@ def test_a_bad_file_is_one_clear_error_and_nothing_runs(write, message, tmp_path
         (dict(patch_size=2), "patch_size 4, but its config says 2"),
         (dict(in_channels=3), "in_channels 1, but its config says 3"),
         (dict(learn_sigma=True), "learn_sigma False, but its config says True"),
-        (dict(block="cross-attention"), "blocks.0.norm1.weight is missing, but its config asks for .32"),
-        (dict(block="adaLN"), "blocks.0.adaLN_modulation.1.weight is .192, 32., but its config asks for .128, 32."),
+        (dict(block="cross-attention"), "blocks.0.norm1.weight is missing; in a model of its sizes it is .32"),
+        (
+            dict(block="adaLN"),
+            "blocks.0.adaLN_modulation.1.weight is .192, 32.; in a model of its sizes it is .128",
+        ),
     ],
 )
 def test_weights_of_another_model_are_named(lie, name, model_file):
@@ -126,7 +129,7 @@ def test_a_tensor_too_many_is_named(model_file):
     content = load_file(model_file)
     content["model"]["y_embedder.bias"] = torch.zeros(1)
     save_file(content, model_file)
-    with pytest.raises(UserError, match="y_embedder.bias is no part of the model"):
+    with pytest.raises(UserError, match="y_embedder.bias is no part of a model of its sizes"):
         load_model(model_file)
 
 

@@ -318,10 +318,10 @@ def test_hybrid_loss_is_the_simple_one_and_the_bound_and_teaches_the_mean_by_the
     x0, y = torch.rand(4, 1, 8, 8) * 2 - 1, torch.zeros(4).long()
     t, noise = torch.tensor([1, 2, 400, 999]), torch.randn(4, 1, 8, 8)
     output = (0.3 * torch.randn(4, 2, 8, 8)).requires_grad_()
-    hybrid = process.loss_at(lambda *_: output, x0, y, t, noise)
+    hybrid = process.loss(lambda *_: output, x0, y, drawn=(t, noise))
     (gradient,) = torch.autograd.grad(hybrid, output)
     mean = output[:, :1].detach().requires_grad_()
-    plain = simple.loss_at(lambda *_: mean, x0, y, t, noise)
+    plain = simple.loss(lambda *_: mean, x0, y, drawn=(t, noise))
     (gradient_of_mean,) = torch.autograd.grad(plain, mean)
     assert torch.allclose(gradient[:, :1], gradient_of_mean) and gradient[:, 1:].abs().min() > 0
     bound = process.bound(x0, process.q_sample(x0, t, noise), t, *output.detach().chunk(2, dim=1))
@@ -353,3 +353,18 @@ def test_decoder_gives_the_256_values_of_a_pixel_probabilities_that_sum_to_1():
         estimate = process.target(x, torch.zeros(256).long(), (x - 0.99995 * x) / 0.01)
         bits = process.bound(x0, x, torch.zeros(256).long(), estimate, torch.full_like(x0, v))
         assert (0.5**bits).sum().item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_everything_runs_on_a_gpu_as_on_the_cpu(learn_sigma):
+    process, network = learned() if learn_sigma else (Diffusion(), Oracle())
+    x0, noise, y = torch.rand(3, 1, 8, 8) * 2 - 1, torch.randn(3, 1, 8, 8), torch.tensor([0, 3, 10])
+    t = torch.tensor([0, 1, 999])
+    loss = process.loss(network, x0, y, drawn=(t, noise))
+    on_gpu = process.loss(network, x0.cuda(), y.cuda(), drawn=(t.cuda(), noise.cuda()))
+    assert torch.allclose(on_gpu.cpu(), loss, rtol=1e-3)
+    for sampler in Diffusion.samplers:
+        generator = torch.Generator("cuda").manual_seed(0)
+        *_, x = process.sample(network, noise.cuda(), y.cuda(), steps=5, sampler=sampler, generator=generator)
+        assert x.isfinite().all() and x.device.type == "cuda"

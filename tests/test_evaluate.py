@@ -10,6 +10,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
 import classifier
+import dataset
 import evaluate
 from checkpoint import load_model, model_config, save_file
 from classifier import Classifier, judge_of, load_classifier
@@ -231,7 +232,9 @@ def test_bits_per_dim_count_what_is_left_of_the_image_in_x_T(monkeypatch):
     assert torch.allclose(bits, kl.mean((1, 2, 3)) / math.log(2))
 
 
-def test_bits_per_dim_of_a_checkpoint(tmp_path, mnist_dir, capsys):
+def test_bits_per_dim_of_a_checkpoint(tmp_path, mnist_dir, capsys, monkeypatch):
+    images, labels = torch.zeros(26, 1, 28, 28, dtype=torch.uint8), torch.arange(26)
+    monkeypatch.setitem(dataset.DATASETS, "letters", lambda data_dir, train: (images, labels))
     sizes = dict(image_size=28, patch_size=14, hidden_size=32, depth=1, num_heads=2, learn_sigma=True)
     config = model_config(Config(**sizes, dataset="mnist"))
     save_file({"model": random_dit(**sizes).state_dict(), "config": config}, tmp_path / "model.pth")
@@ -242,7 +245,8 @@ def test_bits_per_dim_of_a_checkpoint(tmp_path, mnist_dir, capsys):
     assert f"{report['bits_per_dim']:.4f}" in capsys.readouterr().out
     for bad, message in (
         (["--bits-per-dim", "1"], "give 2 to 10000"),
-        (["--bits-per-dim", "9", "--cfg-scale", "2"], "--cfg-scale would change nothing about --bits-per-dim"),
+        (["--bits-per-dim", "9", "--cfg-scale", "2"], "--cfg-scale would change nothing with --bits-per-dim"),
+        (["--bits-per-dim", "9", "--dataset", "letters"], "draws 10 classes, not letters's"),
     ):
         with pytest.raises(UserError) as error:
             evaluate.main(flags + bad)

@@ -87,12 +87,12 @@ def test_published_weights_sample_as_the_paper_does(published_file, vae_dir, tmp
     flags = ["--labels", "207,360", "--vae", vae_dir, "--seed", 9, "--num-samples", 2, "--sample-steps", 5]
     infer(published_file, *flags, "--npz", tmp_path / "s.npz")
     assert "by ddpm, 5 steps, guidance 4.0: 10 network" in capsys.readouterr().out
-    model, _ = load_model(published_file)
+    model, config = load_model(published_file)
     process, generator = Diffusion("linear", "noise", learn_sigma=True, clip_x0=False), torch.Generator().manual_seed(9)
     noise, y = torch.randn(2, 4, 16, 16, generator=generator), torch.tensor([207, 360])
     options = dict(steps=5, sampler="ddpm", cfg_scale=4.0, generator=generator)
     *_, x = process.sample(model, noise, y, **options)
-    images = denormalize(decode(load_vae(str(vae_dir), 4), x)).permute(0, 2, 3, 1)
+    images = denormalize(decode(load_vae(str(vae_dir), config), x)).permute(0, 2, 3, 1)
     assert images.shape == (2, 32, 32, 3) and images.float().std() > 1
     assert (np.load(tmp_path / "s.npz")["arr_0"] == images.numpy()).all()
 
@@ -155,7 +155,7 @@ def test_labels_are_parsed():
         (["--num-samples", "-3"], "num_samples is -3; it must be at least 1"),
         (["--npz", "s.npz"], "--npz needs --num-samples"),
         (["--num-samples", "3", "--gif", "a.gif"], "leave out --num-samples"),
-        (["--vae", "folder"], "the checkpoint draws pixels (in_channels 1); leave it out"),
+        (["--vae", "folder"], "the checkpoint draws pixels; leave it out"),
         (["--output", "strip.tiff"], "must end in .png"),
         (["--output", "/no/such/folder/strip.png"], "its folder does not exist"),
         (["--labels", "1" * 101], "101 labels are too many for one picture"),

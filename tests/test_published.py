@@ -10,7 +10,8 @@ from benchmark import diffusers_dit, relative_error
 from checkpoint import load_model
 from config import Config, UserError
 from dit import PAPER_MODELS, sincos_pos_embed
-from published import Decoded, decode, load_vae
+from inference import save_strip
+from published import decode, load_vae
 
 SIZES = dict(image_size=16, in_channels=4, num_classes=5, learn_sigma=True, **PAPER_MODELS["DiT-S/8"])
 PAPER = dict(process="diffusion", prediction="noise", schedule="linear", clip_x0=False, block="adaLN-Zero")
@@ -26,6 +27,10 @@ def ours():
 def theirs():
     torch.manual_seed(0)
     return diffusers_dit(Config(**SIZES))
+
+
+def latents(in_channels):
+    return Config(in_channels=in_channels, clip_x0=False)
 
 
 def hollow(state):
@@ -92,10 +97,10 @@ def without(state, name):
         ),
         (lambda ours, theirs: without(ours, "pos_embed"), "it lacks 'pos_embed'"),
         (lambda ours, theirs: without(ours, "t_embedder.mlp.0.bias"), "t_embedder.mlp.0.bias is missing"),
-        (lambda ours, theirs: hollow(ours) | {"bias": torch.zeros(1)}, "bias is no part of the model"),
+        (lambda ours, theirs: hollow(ours) | {"bias": torch.zeros(1)}, "bias is no part of a model of its sizes"),
         (
             lambda ours, theirs: hollow(ours) | {"final_layer.linear.bias": torch.zeros(768)},
-            "final_layer.linear.bias is (768,), but its config asks for (512,)",
+            "final_layer.linear.bias is (768,); in a model of its sizes it is (512,)",
         ),
         (
             lambda ours, theirs: without(theirs, "transformer_blocks.3.attn1.to_v.bias"),
@@ -137,57 +142,57 @@ def test_a_damaged_safetensors_file_is_refused(tmp_path):
 
 
 def test_latents_are_decoded_by_the_papers_scale(vae_dir):
-    vae = load_vae(str(vae_dir), in_channels=4)
-    latents = torch.randn(3, 4, 8, 8)
+    vae = load_vae(str(vae_dir), latents(4))
+    x = torch.randn(3, 4, 8, 8)
     with torch.no_grad():
-        expected = vae.decode(latents / 0.18215).sample
+        expected = vae.decode(x / 0.18215).sample
     assert not vae.training
-    assert decode(vae, latents).shape == (3, 3, 16, 16)
-    assert torch.allclose(decode(vae, latents), expected, atol=1e-5)
+    assert decode(vae, x).shape == (3, 3, 16, 16)
+    assert torch.allclose(decode(vae, x), expected, atol=1e-5)
+    assert decode(None, x) is x
 
 
 def test_a_vae_in_a_bin_file_loads_without_a_word(vae_dir, tmp_path, capfd):
-    vae = load_vae(str(vae_dir), in_channels=4)
+    vae = load_vae(str(vae_dir), latents(4))
     vae.save_pretrained(tmp_path, safe_serialization=False)
     capfd.readouterr()
-    loaded = load_vae(str(tmp_path), in_channels=4)
+    loaded = load_vae(str(tmp_path), latents(4))
     assert capfd.readouterr() == ("", "")
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, vae.state_dict()[name]), name
 
 
-def test_frames_are_decoded_when_they_are_looked_at(vae_dir):
-    vae, frames = load_vae(str(vae_dir), in_channels=4), [torch.randn(2, 4, 8, 8) for _ in range(5)]
+def test_of_the_frames_those_shown_are_decoded_alone(vae_dir, tmp_path):
+    vae, frames = load_vae(str(vae_dir), latents(4)), [torch.randn(2, 4, 8, 8) for _ in range(50)]
     calls = []
     vae.decoder.register_forward_pre_hook(lambda *_: calls.append(1))
-    decoded = Decoded(vae, frames)
-    assert len(decoded) == 5 and not calls
-    assert torch.equal(decoded[3], decode(vae, frames[3]))
-    assert len(calls) == 4  # two images, each twice
+    save_strip(frames, [0, 1], tmp_path / "strip.png", vae)
+    assert len(calls) == 11 * 2
 
 
 def test_a_model_of_pixels_needs_no_vae():
-    assert load_vae(None, in_channels=1) is load_vae(None, in_channels=3) is None
-    with pytest.raises(UserError, match="--vae folder: the checkpoint draws pixels .in_channels 1.; leave it out"):
-        load_vae("folder", in_channels=1)
+    for config in (latents(1), latents(3), Config(in_channels=4)):
+        assert load_vae(None, config) is None
+    with pytest.raises(UserError, match="--vae folder: the checkpoint draws pixels; leave it out"):
+        load_vae("folder", latents(1))
 
 
 def test_a_model_of_latents_says_which_vae_to_get():
     with pytest.raises(
         UserError, match="latents of 4 channels.*pip install diffusers.*--vae.*sd-vae-ft-ema.*config.json"
     ):
-        load_vae(None, in_channels=4)
+        load_vae(None, latents(4))
 
 
 def test_without_diffusers_its_name_is_told(vae_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UserError, match="--vae needs .*pip install diffusers$"):
-        load_vae(str(vae_dir), in_channels=4)
+        load_vae(str(vae_dir), latents(4))
 
 
 def test_a_vae_of_other_latents_is_refused(vae_dir):
     with pytest.raises(UserError, match="decodes 4 channels; the checkpoint draws 16"):
-        load_vae(str(vae_dir), in_channels=16)
+        load_vae(str(vae_dir), latents(16))
 
 
 def no_weights(folder, vae_dir):
@@ -220,5 +225,5 @@ def test_a_folder_that_holds_no_vae_is_refused(write, vae_dir, tmp_path):
     folder.mkdir()
     write(folder, vae_dir)
     with pytest.raises(UserError, match=f"--vae {folder} holds no AutoencoderKL.*sd-vae-ft-ema") as error:
-        load_vae(str(folder), in_channels=4)
+        load_vae(str(folder), latents(4))
     assert "\n" not in str(error.value)

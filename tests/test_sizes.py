@@ -1,4 +1,4 @@
-"""The paper's sizes and block designs: its own counts of parameters and Gflops (Table 4, Figure 3)."""
+"""The paper's sizes and block designs: its own counts of parameters and Gflops (Table 4, section 5)."""
 
 import pytest
 import torch
