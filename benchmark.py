@@ -155,7 +155,7 @@ def matmul_peak(device: torch.device, precision: str) -> float:
 
 
 def time_in_turn(calls: dict[Any, Callable], repeats: int, device: torch.device) -> dict[Any, list[float]]:
-    """Seconds of each call, a figure a round; a round takes one sample of every call, so that all share the machine's ups and downs."""
+    """Seconds of each call, a figure a round; each round takes a sample of every call in turn."""
     counts = {}
     for name, call in calls.items():
         seconds_of(call, 2, device)  # compiles, and warms up
@@ -277,9 +277,11 @@ def measure_model(
     variants = {f"eager {precision}": networks for precision in peaks}  # the last of all is our default
     if compiling:
         default = list(peaks)[-1]
-        compiled = {
-            name: compile_network(net, lambda net: step.loss(net, default).backward()) for name, net in networks.items()
-        }
+
+        def backward(network: Callable) -> None:
+            step.loss(network, default).backward()
+
+        compiled = {name: compile_network(network, backward) for name, network in networks.items()}
         if all(compiled[name] is not networks[name] for name in networks):  # it worked
             variants[f"compiled {default}"] = compiled
     for mode in modes:
@@ -390,9 +392,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}, {batch_size(config)} images", flush=True)
         settings = (device, machine["peaks"], given.get("compile") != "off", repeats)
         try:
-            report["models"][name] = measure_model(config, modes, batch_size(config), *settings) | {
-                "memory": memory[name]
-            }
+            figures = measure_model(config, modes, batch_size(config), *settings)
+            report["models"][name] = figures | {"memory": memory[name]}
         except torch.OutOfMemoryError:
             print(f"{name} with {batch_size(config)} images does not fit; left out: try a smaller --batch-size")
     print_report(report)
