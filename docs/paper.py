@@ -1,4 +1,4 @@
-"""The paper's experiments in miniature, measured: `python -m docs.paper [blocks] [sizes] [sampling]`, about two hours.
+"""The paper's experiments in miniature, measured: `python -m docs.paper [blocks] [sizes] [sampling]`, a few hours.
 
     blocks     the four designs of conditioning against training steps (Peebles & Xie, Figure 5), two seeds each
     sizes      models of four sizes on three sizes of patches, against their Gflops (Figures 6 and 8)
@@ -11,13 +11,12 @@ Each figure is by 2,000 images. notebooks/paper.ipynb draws the pictures.
 
 import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from benchmark import count_gflops
-from checkpoint import build_model, load_model
-from config import UserError, preset, run_script
+from checkpoint import load_model
+from config import Config, UserError, preset, run_script
 from docs.quality import scorer
 from train import resumed, train
 
@@ -44,6 +43,26 @@ def plan(experiment: str) -> list[tuple[dict, int, int]]:
     raise UserError(f"{experiment} is not one of blocks, sizes, sampling")
 
 
+def key_of(experiment: str, config: Config, step: int, sample_steps: int) -> list[str]:
+    """The first columns of a figure's row, which say what was measured."""
+    fields = (config.block, config.patch_size, config.hidden_size, config.depth, config.seed)
+    return [experiment, *map(str, fields), str(step), str(sample_steps)]
+
+
+def measure(experiment: str, config: Config, sample_steps: int, score: Callable) -> list:
+    """Train a network, or go on, until config.train_steps; the other columns of its row."""
+    run = "blocks" if experiment == "blocks" else "sizes"  # sampling is from the networks of sizes
+    name = "-".join(key_of(run, config, 0, 0)[:6])
+    config = config.replace(out_dir=f"runs/paper/{name}")
+    if (config.run_dir / "checkpoint.pth").exists():
+        train(*resumed({"out_dir": config.out_dir, "train_steps": config.train_steps}))
+    else:
+        train(config)
+    model, _ = load_model(config.run_dir / "model.pth")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return [parameters, round(count_gflops(model), 5), *score(model, config.replace(sample_steps=sample_steps))]
+
+
 def main() -> None:
     score = scorer("mnist", NUM_SAMPLES)
     if not CSV.exists():
@@ -51,24 +70,13 @@ def main() -> None:
     for experiment in sys.argv[1:] or ("blocks", "sizes", "sampling"):
         for fields, step, sample_steps in plan(experiment):
             config = preset(**RECIPE, **fields, train_steps=step, dataset="mnist", image_size=28)
-            key = [experiment, *(getattr(config, name) for name in COLUMNS.split()[1:6]), step, sample_steps]
+            key = key_of(experiment, config, step, sample_steps)
             with CSV.open() as file:
-                if list(map(str, key)) in [row[: len(key)] for row in csv.reader(file)]:
-                    continue
-            run = "blocks" if experiment == "blocks" else "sizes"
-            config = config.replace(out_dir="-".join(map(str, [f"runs/paper/{run}", *key[1:6]])))
-            saved = config.run_dir / "checkpoint.pth"
-            if not saved.exists():
-                train(config)
-            else:
-                train(*resumed({"out_dir": config.out_dir, "train_steps": step}))
-            model, _ = load_model(config.run_dir / "model.pth")
-            with torch.device("meta"):
-                gflops = count_gflops(build_model(config))
-            parameters = sum(p.numel() for p in model.parameters())
-            figures = score(model, config.replace(sample_steps=sample_steps))
-            with CSV.open("a", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerow([*key, parameters, round(gflops, 5), *figures])
+                done = [row[: len(key)] for row in csv.reader(file)]
+            if key not in done:
+                row = key + measure(experiment, config, sample_steps, score)
+                with CSV.open("a", newline="") as file:
+                    csv.writer(file, lineterminator="\n").writerow(row)
 
 
 if __name__ == "__main__":

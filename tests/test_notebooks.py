@@ -1,9 +1,14 @@
 """Every notebook runs from top to bottom with its "parameters" cell made small, and is committed as it ran in full."""
 
+import csv
+
 import nbformat
 import pytest
 from conftest import ROOT
 from nbconvert.preprocessors import ExecutePreprocessor
+
+from config import preset
+from docs import paper
 
 SMALL = {
     "diffusion": dict(DATASET="glyphs", LEVELS=[0, 500, 999], NUM_CHAINS=2, NUM_IMAGES=4, NUM_TIMESTEPS=3),
@@ -11,6 +16,7 @@ SMALL = {
     | dict(HIDDEN_SIZE=16, DEPTH=1, NUM_IMAGES=4, NUM_TIMESTEPS=3, NUM_ROWS=1),
     "inference": dict(SAMPLE_STEPS=2, STEP_COUNTS=[1, 2], CFG_SCALES=[0, 1, 2], ETAS=[0.0, 1.0])
     | dict(SIDE_BY_SIDE=[1, 2], NUM_NOISES=2, NUM_IMAGES=4, COLUMNS=3),
+    "paper": dict(SIZES_SHOWN=["DiT-S/8"]),
 }
 
 
@@ -23,6 +29,19 @@ def test_runs_with_few_steps(name, glyphs_dir, monkeypatch):
         assert f"{key} = " in parameters.source
         parameters.source += f"\n{key} = {value!r}"
     ExecutePreprocessor(timeout=120).preprocess(notebook, {"metadata": {"path": ROOT / "notebooks"}})
+
+
+def test_every_figure_of_the_paper_in_miniature_was_measured():
+    """docs/paper.csv has the rows of docs/paper.py's plan, each once, and no others."""
+    with open(ROOT / "docs" / "paper.csv") as file:
+        columns, *rows = csv.reader(file)
+    assert columns == paper.COLUMNS.split()
+    plan = [
+        (experiment, *figure) for experiment in ("blocks", "sizes", "sampling") for figure in paper.plan(experiment)
+    ]
+    keys = [paper.key_of(kind, preset(**fields), step, steps) for kind, fields, step, steps in plan]
+    assert [row[: len(keys[0])] for row in rows] == keys
+    assert all(0 < float(row[-2]) <= 1 and float(row[-1]) > 0 for row in rows)
 
 
 @pytest.mark.parametrize("name", SMALL)
