@@ -122,10 +122,11 @@ def test_labels_beyond_the_published_classes_are_refused(published_file, vae_dir
         infer(published_file, "--vae", vae_dir, "--labels", "207,1000")
 
 
-def test_many_are_drawn_in_batches(model_file, monkeypatch):
+@pytest.mark.parametrize("limit", [("BATCH_SIZE", 3), ("MOST_TOKENS", 12)])  # of the model's 4 tokens an image
+def test_many_are_drawn_in_batches(limit, model_file, monkeypatch):
     model, config = load_model(model_file)
     y, generator = torch.arange(7), torch.Generator().manual_seed(1)
-    monkeypatch.setattr(inference, "BATCH_SIZE", 3)
+    monkeypatch.setattr(inference, *limit)
     images = inference.draw(model, config, y, torch.Generator().manual_seed(1))
     parts = [list(denoise(model, config, part, generator))[-1] for part in y.split(3)]
     assert torch.equal(images, torch.cat(parts))
