@@ -232,6 +232,14 @@ def test_accumulation_hands_the_network_parts_of_the_batch(tmp_path, monkeypatch
     assert sizes == [2] * 12
 
 
+def test_sample_grids_take_at_most_50_steps(tmp_path, monkeypatch):
+    calls = []
+    forward = DiT.forward
+    monkeypatch.setattr(DiT, "forward", lambda self, *batch: calls.append(self.training) or forward(self, *batch))
+    fit(tmp_path, "--train-steps", 1, "--sampler", "ddpm", "--sample-steps", 200, "--cfg-scale", 1)
+    assert calls.count(False) == 50
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_block_trains_with_a_learned_variance_and_samples(block, tmp_path):
     fit(tmp_path, "--train-steps", 30, "--learn-sigma", "--block", block, "--lr-decay", "constant", "--sampler", "ddpm")
