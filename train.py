@@ -207,8 +207,8 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
             if step % config.checkpoint_every == 0 and not done:
                 save_checkpoint()
                 clock = time.perf_counter()
+        save_checkpoint()
 
-    save_checkpoint()
     save_loss_plot(out_dir / "loss.png", rows)
     if step < config.train_steps:
         print(f"stopped at step {step:,}; to go on: python train.py --resume --out-dir {out_dir}")
