@@ -37,12 +37,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import build_model
 from config import Config, Parser, UserError, preset, run_script
 from dit import PAPER_MODELS, DiT
 from inference import check_path
-from machine import choose_device, choose_precision, compile_network
-from published import from_diffusers
+from support.checkpoint import build_model
+from support.machine import choose_device, choose_precision, compile_network
+from support.published import from_diffusers
 
 MODES = ("forward", "training")
 DEFAULT_MODELS = {"cpu": "digits,DiT-S/8,DiT-S/4,DiT-S/2", "cuda": "DiT-B/2,DiT-L/2,DiT-XL/2"}

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import NotAvailable, UserError
-from glyphs import load_glyphs
-from mnist import load_mnist
+from loaders.glyphs import load_glyphs
+from loaders.mnist import load_mnist
 
 DATASETS = {"mnist": load_mnist, "glyphs": load_glyphs}
 

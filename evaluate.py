@@ -1,6 +1,6 @@
 """How good are the digits? `python evaluate.py` prints a table for a checkpoint or an .npz, beside real digits.
 
-Every figure compares a set of images with the test set, by a classifier that has seen neither (classifier.py):
+Every figure compares a set of images with the test set, by a classifier that has seen neither (support/classifier.py):
 
     accuracy         share of images that it reads as the label asked for
     FD               Frechet distance between Gaussians fitted to its features (Heusel et al., 2017, eq. 6)
@@ -26,14 +26,14 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from tqdm import tqdm
 
-from checkpoint import build_process, load_model, network_evaluations, sampling_of
-from classifier import HELD_OUT, Classifier, judge_of
 from config import SAMPLING, Config, Parser, UserError, run_script
 from dataset import Dataset, denormalize, load_dataset, normalize
 from diffusion import Diffusion
 from dit import DiT
 from inference import check_path, draw
-from machine import choose_device
+from support.checkpoint import build_process, load_model, network_evaluations, sampling_of
+from support.classifier import HELD_OUT, Classifier, judge_of
+from support.machine import choose_device
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

@@ -17,12 +17,12 @@ from torch.nn import Module
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from checkpoint import denoise, load_model, sampling_of
 from config import SAMPLING, Config, Parser, UserError, run_script
 from dataset import denormalize
 from dit import DiT
-from machine import choose_device
-from published import decode, load_vae
+from support.checkpoint import denoise, load_model, sampling_of
+from support.machine import choose_device
+from support.published import decode, load_vae
 
 BATCH_SIZE, MOST_TOKENS = 500, 50_000  # of what is drawn at a time; part of what a seed means
 

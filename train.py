@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from checkpoint import build_model, build_process, denoise, load_file, model_config, read_config, save_file
 from config import OPTIONS, Config, Parser, UserError, preset, run_script
 from dataset import load_dataset, normalize
-from machine import choose_compile, choose_device, choose_precision, compile_network, deferred_signals
+from support.checkpoint import build_model, build_process, denoise, load_file, model_config, read_config, save_file
+from support.machine import choose_compile, choose_device, choose_precision, compile_network, deferred_signals
 
 FREE_ON_RESUME = ("out_dir", "data_dir", "device", "sample_every", "checkpoint_every")
 

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmark import count_gflops
-from checkpoint import load_model
 from config import Config, UserError, preset, run_script
 from docs.quality import scorer
+from support.checkpoint import load_model
 from train import resumed, train
 
 CSV = Path("docs/paper.csv")

@@ -12,13 +12,13 @@ from collections.abc import Callable
 import torch
 from matplotlib.figure import Figure
 
-from checkpoint import load_model, network_evaluations
-from classifier import HELD_OUT, judge_of
 from config import SAMPLERS, SAMPLING, Config, run_script
 from dataset import denormalize, load_dataset, normalize
 from dit import DiT
 from evaluate import frechet_distance
 from inference import draw
+from support.checkpoint import load_model, network_evaluations
+from support.classifier import HELD_OUT, judge_of
 
 NUM_SAMPLES = 1000
 EVALUATIONS = (1, 2, 3, 5, 10, 20, 50, 250)

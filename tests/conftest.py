@@ -10,7 +10,7 @@ import torch
 
 from dataset import load_dataset, normalize
 from dit import DiT
-from mnist import MNIST_FILES
+from loaders.mnist import MNIST_FILES
 
 ROOT = Path(__file__).parent.parent
 

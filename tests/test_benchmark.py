@@ -8,7 +8,7 @@ from conftest import assert_one_line_error, run
 import benchmark
 from benchmark import Step, compare, diffusers_dit, paired_ratio, relative_error, size_config
 from config import UserError
-from published import from_diffusers
+from support.published import from_diffusers
 
 CPU = torch.device("cpu")
 MEMORY = {"weights": 20e6, "forward peak": 21e6}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import random_dit
 
-import checkpoint
-from checkpoint import load_file, load_model, model_config, save_file
 from config import Config, UserError
+from support import checkpoint
+from support.checkpoint import load_file, load_model, model_config, save_file
 
 CONFIG = Config(image_size=28, patch_size=4, hidden_size=32, depth=2, num_heads=2, data_dir="/a/private/folder")
 

@@ -8,8 +8,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 import config
 from diffusion import LOSSES, PREDICTIONS, SCHEDULES, TIME_SAMPLINGS, Diffusion, draw_time, forgive_overshoot, guided
 from dit import DiT
-from flow_matching import PREDICTIONS as FLOW_PREDICTIONS
-from flow_matching import FlowMatching
+from variants.flow_matching import PREDICTIONS as FLOW_PREDICTIONS
+from variants.flow_matching import FlowMatching
 
 
 class Oracle(torch.nn.Module):

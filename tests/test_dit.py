@@ -5,7 +5,7 @@ from conftest import random_dit
 from benchmark import diffusers_dit, relative_error
 from config import Config
 from dit import PAPER_MODELS, DiT, sincos_pos_embed, unpatchify
-from published import from_diffusers
+from support.published import from_diffusers
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,16 @@ from conftest import ROOT, random_dit
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
-import classifier
 import dataset
 import evaluate
-from checkpoint import load_model, model_config, save_file
-from classifier import Classifier, judge_of, load_classifier
 from config import SAMPLERS, Config, UserError
 from dataset import denormalize, load_dataset, normalize
 from diffusion import Diffusion
 from docs import quality
 from evaluate import frechet_distance, inception_score, kth_neighbour, measure, nearest_distance, share_within
+from support import classifier
+from support.checkpoint import load_model, model_config, save_file
+from support.classifier import Classifier, judge_of, load_classifier
 
 
 class Features(torch.nn.Module):

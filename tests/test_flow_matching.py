@@ -4,10 +4,10 @@ from conftest import random_dit
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import train
-from checkpoint import build_process, load_model, network_evaluations
 from config import Config, UserError, preset
 from diffusion import Diffusion
-from flow_matching import FlowMatching
+from support.checkpoint import build_process, load_model, network_evaluations
+from variants.flow_matching import FlowMatching
 
 
 class Oracle(torch.nn.Module):

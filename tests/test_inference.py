@@ -6,13 +6,13 @@ from conftest import ROOT, assert_one_line_error, random_dit, run
 from PIL import Image
 
 import inference
-from checkpoint import build_process, denoise, load_model, model_config, save_file
 from config import Config, UserError
 from dataset import denormalize
 from diffusion import Diffusion
 from dit import PAPER_MODELS
 from inference import parse_labels
-from published import decode, load_vae
+from support.checkpoint import build_process, denoise, load_model, model_config, save_file
+from support.published import decode, load_vae
 
 np = pytest.importorskip("numpy")
 

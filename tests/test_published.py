@@ -7,11 +7,11 @@ import torch
 from conftest import random_dit
 
 from benchmark import diffusers_dit, relative_error
-from checkpoint import load_model
 from config import Config, UserError
 from dit import PAPER_MODELS, sincos_pos_embed
 from inference import save_strip
-from published import decode, load_vae
+from support.checkpoint import load_model
+from support.published import decode, load_vae
 
 SIZES = dict(image_size=16, in_channels=4, num_classes=5, learn_sigma=True, **PAPER_MODELS["DiT-S/8"])
 PAPER = dict(process="diffusion", prediction="noise", schedule="linear", clip_x0=False, block="adaLN-Zero")

@@ -9,12 +9,12 @@ import torch
 from conftest import ROOT, assert_one_line_error, run
 
 import dataset
-import machine
 import train
-from checkpoint import denoise, load_file, load_model
 from config import Config, UserError, preset
 from dit import DiT
 from dit_block import BLOCKS
+from support import machine
+from support.checkpoint import denoise, load_file, load_model
 from train import build_optimizers, draw_batch, ema_decay_at, learning_rate_at, update_ema
 
 TINY = ["--dataset", "blobs", "--patch-size", 4, "--hidden-size", 32, "--depth", 1, "--num-heads", 2, "--batch-size", 8]

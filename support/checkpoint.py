@@ -21,8 +21,8 @@ from torch import Tensor
 from config import Config, UserError
 from diffusion import Diffusion
 from dit import DiT
-from flow_matching import FlowMatching
-from published import DOWNLOADS, optional, read_published, reason_of, sizes_of
+from support.published import DOWNLOADS, optional, read_published, reason_of, sizes_of
+from variants.flow_matching import FlowMatching
 
 
 def save_file(content: Any, path: str | Path) -> None:
