@@ -16,6 +16,11 @@ bf16 means autocast, for both; the weights stay fp32. "Compiled" is torch.compil
 in a fixed order (torch.use_deterministic_algorithms), which costs time on a GPU; here both networks go without.
 """
 
+from support.command_line import Parser, run_script, start_quietly
+
+if __name__ == "__main__":
+    start_quietly()  # before the slow imports
+
 import json
 import math
 import platform
@@ -37,10 +42,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import Config, Parser, UserError, preset, run_script
-from dit import PAPER_MODELS, DiT
-from inference import check_path
+from config import PAPER_MODELS, Config, preset
+from dit import DiT
 from support.checkpoint import build_model
+from support.errors import UserError
+from support.files import check_path, writing
 from support.machine import choose_device, choose_precision, compile_network
 from support.published import from_diffusers
 
@@ -278,10 +284,10 @@ def measure_model(
     if compiling:
         default = list(peaks)[-1]
 
-        def backward(network: Callable) -> None:
-            step.loss(network, default).backward()
+        def loss_of(network: Callable) -> Tensor:
+            return step.loss(network, default)
 
-        compiled = {name: compile_network(network, backward) for name, network in networks.items()}
+        compiled = {name: compile_network(network, loss_of) for name, network in networks.items()}
         if all(compiled[name] is not networks[name] for name in networks):  # it worked
             variants[f"compiled {default}"] = compiled
     for mode in modes:
@@ -356,13 +362,14 @@ def device_name(device: torch.device) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Measure the speed and memory of the model's sizes, beside diffusers where it is installed.")
-    parser.add_argument("--models", metavar="NAMES", help="digits or the paper's, with commas (default: by device)")
-    parser.add_argument("--modes", metavar="NAMES", help="forward, training (default: forward,training)")
-    parser.add_argument("--batch-size", type=int, metavar="INT", help="images (default: by tokens, so by model)")
-    parser.add_argument("--repeats", type=int, metavar="INT", help="rounds of timing (default: 5)")
-    parser.add_argument("--compile", choices=("on", "off"), help="time the networks compiled too (default: on)")
-    parser.add_argument("--json", metavar="FILE", help="write all figures there too")
-    parser.add_fields("device", "precision")
+    basics = parser.group("basics")
+    basics.add_argument("--models", metavar="NAMES", help="digits or the paper's, with commas (default: by device)")
+    basics.add_argument("--modes", metavar="NAMES", help="forward, training (default: forward,training)")
+    parser.add_number("--batch-size", "images (default: by tokens, so by model)", "basics", most=2**20)
+    parser.add_number("--repeats", "rounds of timing (default: 5)", "basics", most=10**6)
+    basics.add_argument("--compile", choices=("on", "off"), help="time the networks compiled too (default: on)")
+    basics.add_argument("--json", metavar="FILE", help="write all figures there too")
+    parser.add_fields("device", "precision", title="machine")
     given = vars(parser.parse_args(argv))
     if "json" in given:
         check_path("--json", given["json"], ".json")
@@ -374,9 +381,6 @@ def main(argv: list[str] | None = None) -> None:
     for mode in modes:
         if mode not in MODES:
             raise UserError(f"mode {mode!r} is not one of {', '.join(MODES)}")
-    for flag, value in (("batch-size", given.get("batch_size", 1)), ("repeats", repeats)):
-        if value < 1:
-            raise UserError(f"--{flag} is {value}; it must be at least 1")
 
     def batch_size(config: Config) -> int:
         tokens = (config.image_size // config.patch_size) ** 2
@@ -398,7 +402,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name} with {batch_size(config)} images does not fit; left out: try a smaller --batch-size")
     print_report(report)
     if "json" in given:
-        Path(given["json"]).write_text(json.dumps(report, indent=1))
+        with writing(given["json"]) as file:
+            file.write(json.dumps(report, indent=1).encode())
 
 
 if __name__ == "__main__":

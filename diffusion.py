@@ -5,10 +5,9 @@
               x_t and t and learns the noise (eq. 14), or x_0, or v = sqrt(acp) noise - sqrt(1 - acp) x_0
               (Salimans & Ho, 2022)
     reverse   from x_T ~ N(0, I): estimate x_0, step a little towards it, repeat                eq. 7
-              each step of ddpm adds noise, of a known variance or (learn_sigma) of one that the network's other
-              channels choose between the two extremes (Nichol & Dhariwal, 2021)
 
-Images x are (B, C, H, W) in [-1, 1]; timesteps t (B,) int64 in [0, T), T = 1000.
+Images x are (B, C, H, W) in [-1, 1]; timesteps t (B,) int64 in [0, T), T = 1000. They count from 0 as arrays do: x at
+t = 0 is already a little noisy. It is the papers' x_1, and their clean x_0 stands one step before it, at t = -1.
 """
 
 import math
@@ -17,13 +16,15 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.distributions import Normal, kl_divergence
 
 
 def linear_alphas_cumprod(num_timesteps: int) -> Tensor:
-    """beta from 1e-4 to 0.02 in a straight line (Ho et al., 2020, section 4) -> (T,) float64."""
-    betas = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64)
-    return (1 - betas).cumprod(0)
+    """beta from 1e-4 to 0.02 in a straight line (Ho et al., 2020, section 4) -> (T,) float64.
+
+    That is for T = 1000; fewer steps are larger in proportion, so that as little is left of the image at the end.
+    """
+    betas = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float64) * (1000 / num_timesteps)
+    return (1 - betas.clamp(max=0.999)).cumprod(0)
 
 
 def cosine_alphas_cumprod(num_timesteps: int) -> Tensor:
@@ -62,10 +63,21 @@ def forgive_overshoot(target: Tensor, x0: Tensor, limit: float = 1.1) -> Tensor:
     return torch.where(beyond, x0.detach().clamp(-limit, limit), target)
 
 
+def guidance_at(noise_level: float, cfg_scale: float, cfg_interval: tuple[float, float]) -> float:
+    """cfg_scale where the noise level is above the interval's first and at most its second end, else 1: no guidance.
+
+    A scale below 1 listens less to the label, 0 not at all; that is no exaggeration, and holds everywhere.
+    """
+    low, high = (end + 1e-9 for end in cfg_interval)  # a level meant to be 0.15 may be 0.15000000000000002
+    return cfg_scale if cfg_scale < 1 or low < noise_level <= high else 1.0
+
+
 def guided(model: Callable, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
     """Classifier-free guidance (Ho & Salimans, 2022): unconditional + cfg_scale * (conditional - unconditional).
 
-    cfg_scale 1 is the conditional model alone, one network evaluation an image; anything else costs two.
+    Guidance without a classifier: the same network, told no label, says what every image has in common, and what the
+    label adds is exaggerated. cfg_scale 1 is the conditional model alone, one network evaluation an image; anything
+    else costs two. (The paper's w counts from there: cfg_scale = w + 1.)
     """
     if cfg_scale == 1:
         return model(x, t, y)
@@ -84,7 +96,6 @@ class Diffusion:
         prediction: what the network's output means: "noise", "x0" or "v".
         loss: "mse" or "l1", between that output and its target.
         time_sampling, time_mean: how training draws t (see draw_time).
-        learn_sigma: the network has 2C channels; the second C say the variance of ddpm's steps.
         clip_x0: clip each estimate of x_0 to [-1, 1] while sampling; right for pixels, wrong for latents.
         num_timesteps: T.
 
@@ -101,7 +112,6 @@ class Diffusion:
         loss: str = "mse",
         time_sampling: str = "uniform",
         time_mean: float = 0.0,
-        learn_sigma: bool = False,
         clip_x0: bool = True,
         num_timesteps: int = 1000,
     ):
@@ -112,7 +122,6 @@ class Diffusion:
         self.prediction = prediction
         self.time_sampling, self.time_mean = time_sampling, time_mean
         self.loss_function = LOSSES[loss]
-        self.learn_sigma = learn_sigma
         self.clip_x0 = clip_x0
         self.num_timesteps = num_timesteps
         self.alphas_cumprod = SCHEDULES[schedule](num_timesteps).float()
@@ -141,32 +150,20 @@ class Diffusion:
         signal_scale, noise_scale = self.signal_and_noise(t)
         return signal_scale * noise - noise_scale * x0
 
-    def draw(self, x0: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    def draw_noise(self, x0: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """What is random in the loss of x0 (B, C, H, W): timesteps (B,) and noise (B, C, H, W)."""
         time = draw_time(len(x0), self.time_sampling, self.time_mean, x0.device, generator)
         t = (time * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
         return t, torch.randn(x0.shape, device=x0.device, generator=generator)
 
     def loss(self, model: Callable, x0: Tensor, y: Tensor, generator: Generator | None = None, drawn=None) -> Tensor:
-        """The training loss: x0 (B, C, H, W) in [-1, 1], y (B,), what `draw` draws, unless it is given -> scalar.
-
-        L_simple (Ho et al., eq. 14); with learn_sigma L_simple + 0.001 L_vlb, the sum of the T bounds (for uniform t),
-        which teaches the variance alone (Nichol & Dhariwal, eq. 16).
-        """
-        t, noise = drawn or self.draw(x0, generator)
-        x = self.q_sample(x0, t, noise)
-        output, v = self.split(model(x, t, y).float())
+        """L_simple (Ho et al., eq. 14): x0 (B, C, H, W) in [-1, 1], y (B,) -> scalar; drawn: what draw_noise drew."""
+        t, noise = drawn or self.draw_noise(x0, generator)
+        output = model(self.q_sample(x0, t, noise), t, y).float()
         target = self.target(x0, t, noise)
         if self.prediction == "x0" and self.clip_x0:
             target = forgive_overshoot(target, output)
-        loss = self.loss_function(output, target)
-        if v is not None:
-            loss = loss + 0.001 * self.num_timesteps * self.bound(x0, x, t, output.detach(), v).mean()
-        return loss
-
-    def split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The network's output: its prediction (B, C, H, W) and, with learn_sigma, the variance's v, as large."""
-        return output.chunk(2, dim=1) if self.learn_sigma else (output, None)
+        return self.loss_function(output, target)
 
     def predict_x0(self, output: Tensor, x: Tensor, t: int | Tensor) -> Tensor:
         """The estimate of x_0 that a prediction at x_t amounts to, clipped where clip_x0 says so."""
@@ -185,37 +182,10 @@ class Diffusion:
         alpha = acp / acp_next
         return acp_next.sqrt() * (1 - alpha) / (1 - acp) * x0 + alpha.sqrt() * (1 - acp_next) / (1 - acp) * x
 
-    def variances(self, t: int | Tensor, t_next: int | Tensor) -> tuple[Tensor, Tensor]:
-        """The least and the largest variance of a step back: the posterior's, 0 at the last step, and beta."""
+    def posterior_variance(self, t: int | Tensor, t_next: int | Tensor) -> Tensor:
+        """Variance of q(x_next | x_t, x_0) (Ho et al., eq. 7); 0 at the last step."""
         acp, acp_next = self.alphas_cumprod_at(t), self.alphas_cumprod_at(t_next)
-        beta = 1 - acp / acp_next
-        return (1 - acp_next) / (1 - acp) * beta, beta
-
-    def log_variance(self, v: Tensor | None, t: int | Tensor, t_next: int | Tensor) -> Tensor:
-        """Of a step: the posterior's (v None), or between that (v = -1) and beta (v = 1) (Nichol & Dhariwal, eq. 15).
-
-        At the last step, where the posterior's variance is 0, that of the step before it stands in.
-        """
-        least, beta = self.variances(t, t_next)
-        log_least = least.clamp(min=self.variances(1, 0)[0].item()).log()
-        return log_least if v is None else log_least + (v + 1) / 2 * (beta.log() - log_least)
-
-    def bound(self, x0: Tensor, x: Tensor, t: Tensor, output: Tensor, v: Tensor | None) -> Tensor:
-        """Timestep t's term of the variational bound on -log2 p(x_0), in bits per dimension -> (B,).
-
-        KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) (Ho et al., eq. 5); at t = 0 -log p(x_0 | x_1), of the
-        Gaussian's mass within half a grey level of each pixel's value, of 256 (their eq. 13).
-        """
-
-        def gaussian(x0: Tensor, v: Tensor | None) -> Normal:
-            scale = (self.log_variance(v, t, t - 1) / 2).exp().expand_as(x)
-            return Normal(self.posterior_mean(x, x0, t, t - 1), scale, validate_args=False)
-
-        p = gaussian(self.predict_x0(output, x, t), v)
-        kl = kl_divergence(gaussian(x0, None), p)
-        above, below = p.cdf(x0 + 1 / 255).masked_fill(x0 > 0.999, 1), p.cdf(x0 - 1 / 255).masked_fill(x0 < -0.999, 0)
-        decoder = -(above - below).clamp(min=1e-12).log()
-        return torch.where(t.view(-1, 1, 1, 1) == 0, decoder, kl).mean((1, 2, 3)) / math.log(2)
+        return (1 - acp_next) / (1 - acp) * (1 - acp / acp_next)
 
     def timesteps(self, steps: int) -> list[int]:
         """`steps` of the T timesteps, falling, evenly spaced, the first T - 1 ("trailing"; Lin et al., 2024)."""
@@ -254,19 +224,15 @@ class Diffusion:
         if sampler not in self.samplers:
             raise ValueError(f"sampler {sampler!r} is not one of {', '.join(self.samplers)}")
         timesteps = self.timesteps(steps)
-        cfg_low, cfg_high = cfg_interval
         x, last = noise, None
         yield x
         for t, t_next in zip(timesteps, timesteps[1:] + [-1]):
-            scale = cfg_scale if cfg_low < (t + 1) / self.num_timesteps <= cfg_high else 1.0
+            scale = guidance_at((t + 1) / self.num_timesteps, cfg_scale, cfg_interval)
             output = guided(model, x, torch.full((len(x),), t, device=x.device), y, scale)
-            output, v = self.split(output)
             x0 = self.predict_x0(output, x, t)
             z = torch.randn(x.shape, device=x.device, generator=generator) if sampler == "ddpm" or eta else None
             if sampler == "ddpm":
-                x = self.posterior_mean(x, x0, t, t_next)
-                if t_next >= 0:
-                    x = x + (self.log_variance(v, t, t_next) / 2).exp() * z
+                x = self.ddpm_step(x, x0, t, t_next, z, output)
             elif sampler == "ddim":
                 x = self.ddim_step(x, x0, t, t_next, z, eta)
             else:
@@ -274,11 +240,20 @@ class Diffusion:
             last = (x0, t)
             yield x
 
+    def ddpm_step(self, x: Tensor, x0: Tensor, t: int, t_next: int, z: Tensor, output: Tensor) -> Tensor:
+        """A draw from q(x_next | x_t, x_0), for the estimate of x_0 (Ho et al., algorithm 2)."""
+        x = self.posterior_mean(x, x0, t, t_next)
+        return x + (self.log_variance(t, t_next, output) / 2).exp() * z if t_next >= 0 else x
+
+    def log_variance(self, t: int | Tensor, t_next: int | Tensor, output: Tensor) -> Tensor:
+        """Of a step of ddpm: the posterior's. variants/learned_variance.py has the network's output choose it."""
+        return self.posterior_variance(t, t_next).log()
+
     def ddim_step(self, x: Tensor, x0: Tensor, t: int, t_next: int, z: Tensor | None, eta: float) -> Tensor:
         """x_0 and the noise that x_t then holds, mixed anew in t_next's proportions (Song et al., eq. 12)."""
         acp, acp_next = self.alphas_cumprod_at(t), self.alphas_cumprod_at(t_next)
         noise = (x - acp.sqrt() * x0) / (1 - acp).sqrt()
-        sigma = eta * self.variances(t, t_next)[0].sqrt()
+        sigma = eta * self.posterior_variance(t, t_next).sqrt()
         x = acp_next.sqrt() * x0 + (1 - acp_next - sigma**2).clamp(min=0).sqrt() * noise  # rounding may fall below 0
         return x if z is None else x + sigma * z
 

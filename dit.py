@@ -12,16 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dit_block import BLOCKS, FinalLayer
+from dit_block import DiTBlock, FinalLayer
 from time_emb import TimestepEmbedder
-
-# The paper's sizes (its Table 1): depth, hidden size, heads. "DiT-XL/2" is size XL on patches of 2 x 2.
-SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-PAPER_MODELS = {
-    f"DiT-{size}/{patch_size}": dict(patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
-    for size, (depth, hidden_size, num_heads) in SIZES.items()
-    for patch_size in (8, 4, 2)
-}
 
 
 class PatchEmbed(nn.Module):
@@ -85,12 +77,12 @@ class DiT(nn.Module):
         num_heads: attention heads of a block.
         num_classes: labels are 0 ... num_classes - 1; num_classes itself is the null class.
         learn_sigma: predict a variance beside each value: 2C channels come out.
-        block: how t and y enter the blocks, a name of dit_block.BLOCKS.
+        block: the class of the blocks, which also decides how t and y enter (see dit_block.DiTBlock).
         activation_checkpointing: keep only the blocks' inputs for the backward pass, and compute the rest again there:
             far less memory, a third more work (Chen et al., 2016).
 
     Raises:
-        ValueError: if the sizes do not divide as said above, naming both, or for an unknown block.
+        ValueError: if the sizes do not divide as said above, naming both.
     """
 
     def __init__(
@@ -103,7 +95,7 @@ class DiT(nn.Module):
         num_heads: int = 4,
         num_classes: int = 10,
         learn_sigma: bool = False,
-        block: str = "adaLN-Zero",
+        block: type[nn.Module] = DiTBlock,
         activation_checkpointing: bool = False,
     ):
         super().__init__()
@@ -111,8 +103,6 @@ class DiT(nn.Module):
             raise ValueError(f"image_size {image_size} is not divisible by patch_size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads} and by 4")
-        if block not in BLOCKS:
-            raise ValueError(f"block {block!r} is not one of {', '.join(BLOCKS)}")
         self.image_size, self.patch_size, self.in_channels = image_size, patch_size, in_channels
         self.num_classes, self.block, self.activation_checkpointing = num_classes, block, activation_checkpointing
         out_channels = 2 * in_channels if learn_sigma else in_channels
@@ -122,8 +112,8 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         pos_embed = sincos_pos_embed(hidden_size, image_size // patch_size)
         self.pos_embed = nn.Parameter(pos_embed, requires_grad=False)
-        self.blocks = nn.ModuleList(BLOCKS[block](hidden_size, num_heads) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, out_channels, adaptive=block.startswith("adaLN"))
+        self.blocks = nn.ModuleList(block(hidden_size, num_heads) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, out_channels, block.modulates_final_layer)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -138,26 +128,18 @@ class DiT(nn.Module):
         for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedding.weight, std=0.02)
         # The "Zero" of adaLN-Zero: all gates closed. And, in all designs, an output of exactly 0.
-        zeroed = [self.final_layer.linear]
-        if self.block == "adaLN-Zero":
-            zeroed += [part.adaLN_modulation[1] for part in (*self.blocks, self.final_layer)]
-        for linear in zeroed:
+        for linear in (self.final_layer.linear, *self.block.zeroed(self)):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x (B, C, H, W), t (B,) int or float in [0, 1000), y (B,) int64 -> (B, C, H, W); 2C with learn_sigma."""
         tokens = self.x_embedder(x) + self.pos_embed  # (B, N, D)
-        N = tokens.shape[1]
-        t, y = self.t_embedder(t), self.y_embedder(y)
-        c = t + y  # (B, D)
-        if self.block == "in-context":
-            tokens = torch.cat([tokens, t.unsqueeze(1), y.unsqueeze(1)], dim=1)  # (B, N + 2, D)
-        elif self.block == "cross-attention":
-            c = torch.stack([t, y], dim=1)  # (B, 2, D)
+        num_tokens = tokens.shape[1]
+        tokens, c = self.block.enter(tokens, self.t_embedder(t), self.y_embedder(y))  # c: (B, D)
         for block in self.blocks:
             if self.activation_checkpointing:
                 tokens = checkpoint(block, tokens, c, use_reentrant=False)
             else:
                 tokens = block(tokens, c)
-        return unpatchify(self.final_layer(tokens[:, :N], c), self.patch_size)
+        return unpatchify(self.final_layer(self.block.leave(tokens, num_tokens), c), self.patch_size)

@@ -1,13 +1,11 @@
-"""The transformer block of DiT, and its conditioning (Peebles & Xie, 2023, Figure 3).
-
-The model's own, adaLN-Zero:
+"""The transformer block of DiT, and its conditioning: adaLN-Zero (Peebles & Xie, 2023, Figure 3).
 
     x = x + gate_1 * Attention(LayerNorm(x) * (1 + scale_1) + shift_1)
     x = x + gate_2 *       MLP(LayerNorm(x) * (1 + scale_2) + shift_2)
 
-The six vectors are a linear function of the conditioning c (timestep + label). That function starts at
-zero ("-Zero"), so every gate is 0 and a fresh block is the identity: depth costs nothing at the start.
-The three designs that the paper compares it with stand below it, for comparison here too.
+The six vectors are Linear(SiLU(c)) of the conditioning c (timestep + label). That linear layer starts at zero
+("-Zero"), so every gate is 0 and a fresh block is the identity: depth costs nothing at the start.
+variants/conditioning.py has the three designs that the paper compares it with.
 
 x (B, N, D) tokens, c (B, D)  ->  (B, N, D)
 """
@@ -22,15 +20,15 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V in each head: q (B, N, D), k and v (B, M, D) -> (B, N, D) (Vaswani et al., 2017)."""
-    q, k, v = (part.unflatten(2, (num_heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, heads, N, d)
-    if q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.shape[2] <= 16):
+def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V in each head: Q (B, N, D), K and V (B, M, D) -> (B, N, D) (Vaswani et al., 2017)."""
+    Q, K, V = (part.unflatten(2, (num_heads, -1)).transpose(1, 2) for part in (query, key, value))  # (B, heads, N, d)
+    if Q.device.type == "cpu" and (Q.dtype == torch.bfloat16 or Q.shape[2] <= 16):
         # Plain matrix products beat the CPU's fused kernel in bf16, by far, and for a few tokens in compiled code.
-        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, N, M)
-        x = weights @ v
+        weights = (Q * Q.shape[-1] ** -0.5 @ K.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, N, M)
+        x = weights @ V
     else:
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = F.scaled_dot_product_attention(Q, K, V)
     return x.transpose(1, 2).flatten(2)
 
 
@@ -44,8 +42,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=2)
-        return self.proj(attend(q, k, v, self.num_heads))
+        return self.proj(attend(*self.qkv(x).chunk(3, dim=2), self.num_heads))
 
 
 class Mlp(nn.Module):
@@ -67,9 +64,14 @@ def layer_norm(hidden_size: int) -> nn.LayerNorm:
 
 
 class DiTBlock(nn.Module):
-    """One adaLN-Zero block: x (B, N, D), c (B, D) -> (B, N, D)."""
+    """One adaLN-Zero block: x (B, N, D), c (B, D) -> (B, N, D).
+
+    What a design decides beyond its blocks is said here too, for `DiT` to ask: how t and y enter (`enter`), what leaves
+    the last block (`leave`), whether c modulates the final layer, and which layers of a model start at zero (`zeroed`).
+    """
 
     num_vectors = 6  # that c becomes
+    modulates_final_layer = True
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -85,70 +87,30 @@ class DiTBlock(nn.Module):
         x = x + gate_2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_2, scale_2))
         return x
 
+    @staticmethod
+    def enter(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, D), embedded t and y (B, D) -> the tokens and the conditioning c of the blocks."""
+        return x, t + y
 
-class AdaLNBlock(DiTBlock):
-    """adaLN: adaLN-Zero without its gates, and without the zeros at the start."""
-
-    num_vectors = 4
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_1, scale_1, shift_2, scale_2 = self.adaLN_modulation(c).chunk(4, dim=1)
-        x = x + self.attn(modulate(self.norm1(x), shift_1, scale_1))
-        x = x + self.mlp(modulate(self.norm2(x), shift_2, scale_2))
+    @staticmethod
+    def leave(x: Tensor, num_tokens: int) -> Tensor:
+        """What leaves the last block -> the image's tokens (B, num_tokens, D)."""
         return x
 
-
-class InContextBlock(nn.Module):
-    """In-context: a plain transformer block. t and y are two more tokens among x (B, N + 2, D); c goes unused."""
-
-    def __init__(self, hidden_size: int, num_heads: int):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.mlp = Mlp(hidden_size)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        x = x + self.mlp(self.norm2(x))
-        return x
-
-
-class CrossAttentionBlock(InContextBlock):
-    """Cross-attention: a plain block that also asks t and y, c (B, 2, D), between attention and MLP."""
-
-    def __init__(self, hidden_size: int, num_heads: int):
-        super().__init__(hidden_size, num_heads)
-        self.num_heads = num_heads
-        self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.q = nn.Linear(hidden_size, hidden_size)
-        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        k, v = self.kv(c).chunk(2, dim=2)
-        x = x + self.proj(attend(self.q(self.norm_cross(x)), k, v, self.num_heads))
-        x = x + self.mlp(self.norm2(x))
-        return x
-
-
-BLOCKS = {
-    "in-context": InContextBlock,
-    "cross-attention": CrossAttentionBlock,
-    "adaLN": AdaLNBlock,
-    "adaLN-Zero": DiTBlock,
-}
+    @staticmethod
+    def zeroed(model: nn.Module) -> list[nn.Linear]:
+        """The layers of a DiT of these blocks that start at zero, besides its last: all that makes gates."""
+        return [part.adaLN_modulation[1] for part in (*model.blocks, model.final_layer)]
 
 
 class FinalLayer(nn.Module):
-    """LayerNorm, modulated if adaptive, then each token becomes its patch: (B, N, D), (B, D) -> (B, N, p * p * C)."""
+    """LayerNorm, modulated or not, then each token becomes its patch: (B, N, D), (B, D) -> (B, N, p * p * C)."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, adaptive: bool = True):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, modulated: bool = True):
         super().__init__()
-        self.norm_final = layer_norm(hidden_size) if adaptive else nn.LayerNorm(hidden_size, eps=1e-6)
+        self.norm_final = layer_norm(hidden_size) if modulated else nn.LayerNorm(hidden_size, eps=1e-6)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        if adaptive:
+        if modulated:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

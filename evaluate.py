@@ -15,25 +15,32 @@ The "real" column is the same for as many of the last 10,000 training digits: wh
 With --bits-per-dim N it prints, instead, how well a diffusion predicts N test digits: its variational bound.
 """
 
+from support.command_line import Parser, run_script, start_quietly
+
+if __name__ == "__main__":
+    start_quietly()  # before the slow imports
+
 import json
 import math
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
-from tqdm import tqdm
 
-from config import SAMPLING, Config, Parser, UserError, run_script
+from config import ROOT, SAMPLING, Config
 from dataset import Dataset, denormalize, load_dataset, normalize
 from diffusion import Diffusion
 from dit import DiT
-from inference import check_path, draw
-from support.checkpoint import build_process, load_model, network_evaluations, sampling_of
+from inference import describe_sampling, draw_images, network_evaluations
+from support.checkpoint import build_process, load_model
 from support.classifier import HELD_OUT, Classifier, judge_of
+from support.errors import UserError, check_limits
+from support.files import check_path, writing
 from support.machine import choose_device
+from variants.learned_variance import bits_per_dim
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -89,24 +96,8 @@ def measure(images: Tensor, labels: Tensor, judge: Classifier, reference: dict[s
 def timed_draw(model: DiT, config: Config, y: Tensor, seed: int) -> tuple[Tensor, float]:
     """Images (N, C, H, W) uint8 for the labels y (N,), and how many were drawn a second."""
     start = time.perf_counter()
-    images = denormalize(draw(model, config, y, torch.Generator(y.device).manual_seed(seed))).cpu()
+    images = denormalize(draw_images(model, config, y, torch.Generator(y.device).manual_seed(seed))).cpu()
     return images, len(y) / (time.perf_counter() - start)
-
-
-@torch.no_grad()
-def bits_per_dim(process: Diffusion, model: DiT, x0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-    """The variational bound on -log2 p(x_0 | y) for images x0 (B, C, H, W) of 256 values, per dimension: (B,).
-
-    All its T + 1 terms (Ho et al., 2020, eq. 5), each of the first T by one network call.
-    """
-    signal_scale, noise_scale = process.signal_and_noise(process.num_timesteps - 1)
-    prior = kl_divergence(Normal(signal_scale.to(x0) * x0, noise_scale.to(x0)), Normal(0.0, 1.0))
-    bits = prior.mean((1, 2, 3)) / math.log(2)
-    for step in tqdm(range(process.num_timesteps), unit="step", desc="bits per dimension", leave=False):
-        t = torch.full_like(y, step)
-        x = process.q_sample(x0, t, torch.randn(x0.shape, device=x0.device, generator=generator))
-        bits += process.bound(x0, x, t, *process.split(model(x, t, y).float()))
-    return bits
 
 
 def read_npz(path: str) -> tuple[Tensor, Tensor]:
@@ -153,9 +144,9 @@ def refuse_others(given: dict, flag: str) -> None:
         raise UserError(f"{flags} would change nothing with {flag}; leave it out")
 
 
-def report_bits(given: dict, data_dir: str) -> dict:
+def report_bits(given: dict, data_dir: Path) -> dict:
     """The bound's mean over the first given["bits_per_dim"] test images, and its standard error."""
-    count, checkpoint = given.pop("bits_per_dim"), given.pop("checkpoint", "model.pth")
+    count, checkpoint = given.pop("bits_per_dim"), given.pop("checkpoint", ROOT / "model.pth")
     device = choose_device(given.pop("device", "auto"))
     model, config = load_model(checkpoint, device)
     name, seed = given.pop("dataset", config.dataset), given.pop("seed", config.seed)
@@ -165,13 +156,13 @@ def report_bits(given: dict, data_dir: str) -> dict:
         raise UserError(f"--bits-per-dim is a bound of diffusions; {checkpoint} is a model of {config.process}")
     test = load_dataset(name, data_dir, train=False, image_size=model.image_size)
     check_model(model, test, checkpoint)
-    if not 2 <= count <= len(test.labels):
-        raise UserError(f"--bits-per-dim {count}: give 2 to {len(test.labels)}, as many as there are test images")
+    check_limits("bits_per_dim", count, most=len(test.labels))  # as many as there are test images
     generator = torch.Generator(device).manual_seed(seed)
     bits = []
     for images, y in zip(test.images[:count].split(500), test.labels[:count].split(500)):
         bits.append(bits_per_dim(process, model, normalize(images.to(device)), y.to(device), generator))
-    bits = torch.cat(bits)
+    # A padded image's bits are all its own: the margin is no data, so the dimensions are those of the data alone.
+    bits = torch.cat(bits) * model.image_size**2 / math.prod(test.size)
     mean, error = bits.mean().item(), bits.std().item() / count**0.5
     print(f"at most {mean:.4f} +- {error:.4f} bits per dimension, for {count} test images of {test.name}")
     return {"images": count, "dataset": test.name, "bits_per_dim": mean, "standard_error": error}
@@ -191,24 +182,25 @@ def print_table(report: dict) -> None:
 def write_json(report: dict, path: str | None) -> None:
     """Write the figures to a file, if one is wanted."""
     if path:
-        with open(path, "w") as file:
-            json.dump(report, file, indent=1)
+        with writing(path) as file:
+            file.write(json.dumps(report, indent=1).encode())
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Measure a model's digits, or an .npz of them, beside real ones.")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights (default: model.pth)")
-    parser.add_argument("--npz", metavar="FILE", help="measure these images instead of drawing some")
-    parser.add_argument("--num-samples", type=int, metavar="INT", help="images (default: 10000)")
-    parser.add_argument("--seeds", type=int, metavar="INT", help="sampling seeds to draw with (default: 1)")
-    parser.add_argument("--bits-per-dim", type=int, metavar="INT", help="the bound for this many test images, alone")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    parser.add_fields("data_dir")
+    basics = parser.group("basics")
+    basics.add_argument("--checkpoint", metavar="FILE", help="weights (default: the repository's model.pth)")
+    basics.add_argument("--npz", metavar="FILE", help="measure these images instead of drawing some")
+    parser.add_number("--num-samples", "images (default: 10000)", "basics", least=100, most=HELD_OUT)
+    parser.add_number("--seeds", "sampling seeds to draw with (default: 1)", "basics", most=1000)
+    parser.add_number("--bits-per-dim", "the bound for this many test images, alone", "basics", least=2)
+    basics.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_fields("dataset", default="the checkpoint's, or mnist for an .npz")
-    parser.add_fields(*SAMPLING, "seed", default="the checkpoint's")
-    parser.add_fields("device")
+    parser.add_fields("data_dir")
+    parser.add_fields(*SAMPLING, "seed", default="the checkpoint's", title="sampling")
+    parser.add_fields("device", title="machine")
     given = vars(parser.parse_args(argv))
-    data_dir, json_path = given.pop("data_dir", Config().data_dir), given.pop("json", None)
+    json_path, data_dir = given.pop("json", None), Config(data_dir=given.pop("data_dir", None)).data_folder
     if json_path:
         check_path("--json", json_path, ".json")
     if "bits_per_dim" in given:
@@ -221,15 +213,12 @@ def main(argv: list[str] | None = None) -> None:
         images, labels = read_npz(npz)
         num_samples = len(images)
     else:
-        checkpoint, num_samples = given.pop("checkpoint", "model.pth"), given.pop("num_samples", HELD_OUT)
+        checkpoint, num_samples = given.pop("checkpoint", ROOT / "model.pth"), given.pop("num_samples", HELD_OUT)
         seeds, device = given.pop("seeds", 1), choose_device(given.pop("device", "auto"))
-        if seeds < 1:
-            raise UserError(f"seeds is {seeds}; it must be at least 1")
         model, config = load_model(checkpoint, device)
         config = config.replace(**given)
         name = config.dataset
-    if not 100 <= num_samples <= HELD_OUT:
-        raise UserError(f"{num_samples} samples: give 100 to {HELD_OUT}, as many as there are unseen real images")
+    check_limits("num_samples", num_samples, least=100, most=HELD_OUT)  # as many as there are unseen real images
 
     train, test = (load_dataset(name, data_dir, train=part) for part in (True, False))
     if npz:
@@ -258,9 +247,8 @@ def main(argv: list[str] | None = None) -> None:
             report["generated"].append(measure(crop(images, size), y, judge, reference))
         report |= {name: getattr(config, name) for name in SAMPLING}
         report |= {"evaluations": network_evaluations(config), "images_per_second": statistics.mean(speeds)}
-        report["settings"] = (
-            f"{sampling_of(config)} an image, {report['images_per_second']:.0f} images/s on {device}, {seeds} seed(s)"
-        )
+        speed = f"{report['images_per_second']:.0f} images/s on {device}"
+        report["settings"] = f"{describe_sampling(config)} an image, {speed}, {seeds} seed(s)"
     report["FD ratio"] = statistics.mean(figures["FD"] for figures in report["generated"]) / real["FD"]
     print_table(report)
     write_json(report, json_path)

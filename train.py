@@ -4,25 +4,34 @@ Every step draws images, labels, timesteps and noise from a generator seeded by 
 checkpoint holds all the rest; so a run that is cut off anywhere and resumed ends with the same bits.
 """
 
+from support.command_line import Parser, command, run_script, shown, start_quietly
+
+if __name__ == "__main__":
+    start_quietly()  # before the slow imports
+
 import copy
 import dataclasses
 import math
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torchvision.utils import save_image
 from tqdm import tqdm
 
-from config import OPTIONS, Config, Parser, UserError, preset, run_script
-from dataset import load_dataset, normalize
-from support.checkpoint import build_model, build_process, denoise, load_file, model_config, read_config, save_file
+from config import OPTIONS, Config, preset
+from dataset import Dataset, load_dataset, normalize
+from diffusion import Diffusion
+from inference import denoise
+from support.checkpoint import build_model, build_process, check_size, load_checkpoint, model_config, restore_optimizer
+from support.errors import UserError
+from support.files import append_line, locked, save_file, warn, writing
 from support.machine import choose_compile, choose_device, choose_precision, compile_network, deferred_signals
+from support.pictures import save_loss_plot, save_png
 
 FREE_ON_RESUME = ("out_dir", "data_dir", "device", "sample_every", "checkpoint_every")
 
@@ -64,12 +73,19 @@ def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optim
     return optimizers
 
 
-def draw_batch(images: Tensor, labels: Tensor, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random batch: x0 (B, C, H, W) in [-1, 1] and y (B,), some of whose labels are dropped for guidance."""
+def draw_batch(
+    images: Tensor, labels: Tensor, process: Diffusion, config: Config, generator: torch.Generator
+) -> Iterator[tuple[Tensor, ...]]:
+    """A random batch in accumulation_steps parts: x0 (B, C, H, W) in [-1, 1], y (B,), t (B,), noise (B, C, H, W).
+
+    Some of the labels are dropped, for guidance: the null class stands in their place.
+    """
     shape = (config.batch_size,)
     index = torch.randint(len(images), shape, device=images.device, generator=generator)
     dropped = torch.rand(shape, device=images.device, generator=generator) < config.label_dropout
-    return normalize(images[index]), labels[index].masked_fill(dropped, config.num_classes)
+    x0, y = normalize(images[index]), labels[index].masked_fill(dropped, config.num_classes)
+    batch = (x0, y, *process.draw_noise(x0, generator))
+    yield from zip(*(tensor.chunk(config.accumulation_steps) for tensor in batch))
 
 
 def save_samples(path: Path, ema: nn.Module, config: Config, device: torch.device) -> None:
@@ -78,36 +94,42 @@ def save_samples(path: Path, ema: nn.Module, config: Config, device: torch.devic
     config = config.replace(sample_steps=min(config.sample_steps, 50))  # a preview
     for x in denoise(ema, config, y, torch.Generator(device).manual_seed(config.seed)):
         pass
-    save_image(x, path, nrow=8, normalize=True, value_range=(-1, 1))
+    save_png(x, path, columns=8)
 
 
-def save_loss_plot(path: Path, rows: list[str]) -> None:
-    """loss.csv as a picture."""
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([int(row.split(",")[0]) for row in rows], [float(row.split(",")[1]) for row in rows])
-    axes.set(xlabel="step", ylabel="training loss", yscale="log")
-    figure.savefig(path, dpi=120)
+def print_summary(config: Config, model: nn.Module, data: Dataset, device: torch.device, step: int) -> None:
+    """What will be done, before it is: a line on each part."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    options = ("prediction", *OPTIONS[config.process], "time_sampling", "time_mean")
+    print(f"device     {device}, {config.precision}, {torch.get_num_threads()} threads, compile {config.compile}")
+    print(f"data       {data.name}: {len(data.images):,} images of {tuple(data.images.shape[1:])}", end="")
+    print(f", {config.num_classes} labels")
+    print(f"model      {parameters:,} parameters: hidden {config.hidden_size}, depth {config.depth}, {config.block}")
+    print(f"process    {config.process}: " + ", ".join(f"{name} {getattr(config, name)}" for name in options))
+    print(f"steps      {step:,} of {config.train_steps:,} done, {config.batch_size} images each")
+    print(f"files      {shown(config.run_dir)}/: checkpoint.pth, model.pth, loss.csv, loss.png, samples/", flush=True)
 
 
 def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     """Train until config.train_steps, from scratch or on from a checkpoint's state; returns the run's folder."""
     out_dir = config.run_dir
-    if not state and (out_dir / "checkpoint.pth").exists():
-        raise UserError(f"{out_dir}/checkpoint.pth is there already; go on with --resume, or give another --out-dir")
-    if out_dir.resolve() == Path(__file__).parent.resolve():
-        raise UserError(f"--out-dir {out_dir} is the program's own folder, with its model.pth; give another")
+    for name in ("checkpoint.pth", "model.pth"):
+        if not state and (out_dir / name).exists():
+            raise UserError(f"{out_dir / name} is there already; go on with --resume, or give another --out-dir")
     device = choose_device(config.device)
-    data = load_dataset(config.dataset, config.data_dir, image_size=config.image_size)
-    images, labels = data.images.to(device), data.labels.to(device)
+    data = load_dataset(config.dataset, config.data_folder, image_size=config.image_size)
     config = config.replace(
         dataset=data.name,
-        image_size=images.shape[-1],
-        in_channels=images.shape[1],
-        num_classes=int(labels.max()) + 1,
+        image_size=data.images.shape[-1],
+        in_channels=data.images.shape[1],
+        num_classes=int(data.labels.max()) + 1,
         precision=choose_precision(config.precision, device),
         compile=choose_compile(config.compile, config.train_steps),
     )
+    if config.num_classes == 1:  # there is no other class to be told from
+        config = config.replace(cfg_scale=1.0, label_dropout=0.0)
+    check_size(config, device)
+    images, labels = data.images.to(device), data.labels.to(device)
 
     # Sums in a fixed order: compiled code would add up the label embedding's gradient as the threads come.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -118,103 +140,104 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     process = build_process(config)
     optimizers = build_optimizers(model, config)
     generator = torch.Generator(device)
+    # The same bits need the same of these.
+    made_with = {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": device.type}
     step, rows, loss_sum, loss_count, seconds = 0, [], 0.0, 0, 0.0  # sum, count and seconds are since the last row
     if state:
+        step, rows, loss_sum, loss_count, seconds = state["progress"]
         try:
             model.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            step, rows, loss_sum, loss_count, seconds = state["progress"]
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+                restore_optimizer(optimizer, saved, step)
+        except Exception as error:  # a file can lie in more ways than can be listed
             raise UserError(f"{out_dir}/checkpoint.pth does not fit its config or the data {data.name}") from error
+        for name, value in state.get("made_with", {}).items():
+            if value != made_with.get(name):
+                warn(f"the run was on {name} {value}, now it is {made_with.get(name)}: sums may round differently")
 
     def save_checkpoint() -> None:
+        if not all(parameter.isfinite().all() for parameter in (*model.parameters(), *ema.parameters())):
+            raise UserError(f"the weights are not finite after step {step}; {advice}")
         content = {"config": vars(config), "model": model.state_dict(), "ema": ema.state_dict()}
-        content |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        content |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "made_with": made_with}
         content |= {"progress": [step, rows, loss_sum, loss_count, seconds]}
         save_file(content, out_dir / "checkpoint.pth")
         save_file({"model": ema.state_dict(), "config": model_config(config)}, out_dir / "model.pth")
 
-    def backward(network: Callable) -> Tensor:
-        """Add a batch's gradient to the parameters', in accumulation_steps parts; returns its loss."""
-        x0, y = draw_batch(images, labels, config, generator)
-        batch, loss = (x0, y, *process.draw(x0, generator)), torch.zeros((), device=device)
-        for x0, y, *drawn in zip(*(tensor.chunk(config.accumulation_steps) for tensor in batch)):
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                part_loss = process.loss(network, x0, y, drawn=drawn) / config.accumulation_steps
-            part_loss.backward()
-            loss += part_loss.detach()
-        return loss
-
+    advice = f"{out_dir}/checkpoint.pth is from before; begin anew with a smaller --learning-rate, in another --out-dir"
     (out_dir / "samples").mkdir(parents=True, exist_ok=True)
-    if not state:
-        save_checkpoint()  # so that there is something to resume from the first moment on
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"device     {device}, {config.precision}, {torch.get_num_threads()} threads, compile {config.compile}")
-    print(f"data       {data.name}: {len(images):,} images of {tuple(images.shape[1:])}, {config.num_classes} labels")
-    print(f"model      {parameters:,} parameters: hidden {config.hidden_size}, depth {config.depth}, {config.block}")
-    options = ("prediction", *OPTIONS[config.process], "time_sampling", "time_mean")
-    print(f"process    {config.process}: " + ", ".join(f"{name} {getattr(config, name)}" for name in options))
-    print(f"steps      {step:,} of {config.train_steps:,} done, {config.batch_size} images each")
-    print(f"files      {out_dir}/: checkpoint.pth, model.pth, loss.csv, loss.png, samples/", flush=True)
-    with (
-        deferred_signals() as signals,
-        open(out_dir / "loss.csv", "w") as csv,
-        tqdm(total=config.train_steps, initial=step, unit="step", disable=step >= config.train_steps) as bar,
-    ):
-        csv.write("".join(line + "\n" for line in ["step,loss,learning_rate,images_per_second", *rows]))
+    with locked(out_dir), deferred_signals() as signals:
+        if not state:
+            save_checkpoint()  # so that there is something to resume from the first moment on
+        print_summary(config, model, data, device, step)
+        with writing(out_dir / "loss.csv") as csv:
+            lines = ["step,loss,learning_rate,images_per_second", *rows]
+            csv.write("".join(line + "\n" for line in lines).encode())
+
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+        def try_step(network: nn.Module) -> Tensor:
+            x0, y, *drawn = next(draw_batch(images, labels, process, config, generator))
+            return process.loss(autocast(network), x0, y, drawn=drawn)
+
         compiling = config.compile == "on" and step < config.train_steps
-        network = compile_network(model, backward) if compiling else model
-        first_step = step
+        network = autocast(compile_network(model, try_step) if compiling else model)
+        bar = tqdm(total=config.train_steps, initial=step, unit="step", disable=step >= config.train_steps or None)
+        first_step, last_line = step, time.perf_counter()
         clock = start = time.perf_counter()
         while step < config.train_steps and not signals:
             generator.manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # runs of other seeds start far away
             learning_rate = learning_rate_at(step, config)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = learning_rate
 
-            loss = backward(network)
+            loss = torch.zeros((), device=device)
+            for x0, y, *drawn in draw_batch(images, labels, process, config, generator):  # the batch, or parts of it
+                part_loss = process.loss(network, x0, y, drawn=drawn) / config.accumulation_steps
+                part_loss.backward()
+                loss += part_loss.detach()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            if not math.isfinite(loss.item() + norm.item()):
-                raise UserError(
-                    f"the loss is {loss.item()} and its gradient's norm {norm.item()} at step {step + 1}; "
-                    f"{out_dir}/checkpoint.pth is the last good one; begin anew with a smaller --learning-rate"
-                )
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             update_ema(ema, model, ema_decay_at(step, config))
 
             step, loss_sum, loss_count = step + 1, loss_sum + loss.item(), loss_count + 1
+            if not math.isfinite(loss.item() + norm.item()):
+                what = f"the loss is {loss.item()} and its gradient's norm {norm.item()} at step {step}"
+                raise UserError(f"{what}; {advice}")
             seconds, clock = seconds + time.perf_counter() - clock, time.perf_counter()
             done = step == config.train_steps
             bar.update()
             if step % config.log_every == 0 or done:
                 mean, speed = loss_sum / loss_count, loss_count * config.batch_size / seconds
                 rows.append(f"{step},{mean:.6f},{learning_rate:.6g},{speed:.1f}")
-                csv.write(rows[-1] + "\n")
-                csv.flush()
-                bar.set_postfix_str(f"loss {mean:.4f}, {speed:,.0f} images/s")
+                append_line(out_dir / "loss.csv", rows[-1])
+                progress = f"loss {mean:.4f}, {speed:,.0f} images/s"
+                bar.set_postfix_str(progress)
+                if bar.disable and (clock - last_line > 60 or done):  # nobody watches: a line now and then
+                    print(f"step {step:,} of {config.train_steps:,}: {progress}", flush=True)
+                    last_line = clock
                 loss_sum, loss_count, seconds = 0.0, 0, 0.0
             if step == first_step + 50 and not done:
                 minutes = (time.perf_counter() - start) / 50 * (config.train_steps - step) / 60
                 tqdm.write(f"about {minutes:.1f} minutes to go")
-            if step % config.sample_every == 0 and not done:
-                save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, device)
-                clock = time.perf_counter()
             if step % config.checkpoint_every == 0 and not done:
                 save_checkpoint()
                 clock = time.perf_counter()
+            if step % config.sample_every == 0 and not done:
+                save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, device)
+                clock = time.perf_counter()
+        bar.close()
         save_checkpoint()
 
     save_loss_plot(out_dir / "loss.png", rows)
     if step < config.train_steps:
-        print(f"stopped at step {step:,}; to go on: python train.py --resume --out-dir {out_dir}")
+        print(f"stopped at step {step:,}; to go on: {command('train.py', '--resume', '--out-dir', shown(out_dir))}")
         sys.exit(128 + signals[0])
     save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, device)
-    print(f"done; to see digits: python inference.py --checkpoint {out_dir / 'model.pth'}")
+    print(f"done; to see digits: {command('inference.py', '--checkpoint', shown(out_dir / 'model.pth'))}")
     return out_dir
 
 
@@ -224,15 +247,14 @@ def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     path = Config(**chosen).run_dir / "checkpoint.pth"
     if not path.exists():
         raise UserError(f"nothing to resume: {path} does not exist; leave out --resume, or name the run's --out-dir")
-    state = load_file(path)
-    if not isinstance(state, dict) or state.keys() != {"config", "model", "ema", "optimizers", "progress"}:
-        raise UserError(f"{path} is not a checkpoint of train.py")
-    config = read_config(state["config"], path)
+    config, state = load_checkpoint(path)
     free = FREE_ON_RESUME + (("train_steps",) if config.lr_decay == "constant" else ())
     for name, value in given.items():
         if name not in free and value not in (getattr(config, name), "auto"):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {value} differs from the run's {getattr(config, name)}; leave it out to resume")
+    if os.environ.get("DATA_DIR"):  # today's, unless a flag says otherwise, not that of then
+        config = config.replace(data_dir=None)
     changes = {name: value for name, value in given.items() if name in free}
     return config.replace(**{**changes, "out_dir": str(path.parent)}), state
 
@@ -240,7 +262,8 @@ def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Train a DiT on digits.")
     parser.add_fields(*(f.name for f in dataclasses.fields(Config) if f.name not in ("in_channels", "num_classes")))
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out-dir, exactly")
+    resume_help = "go on from the checkpoint in --out-dir, exactly"
+    parser.group("basics").add_argument("--resume", action="store_true", help=resume_help)
     given = vars(parser.parse_args(argv))
     if given.pop("resume", False):
         train(*resumed(given))

@@ -15,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmark import count_gflops
-from config import Config, UserError, preset, run_script
+from config import Config, preset
 from docs.quality import scorer
 from support.checkpoint import load_model
+from support.command_line import run_script
+from support.errors import UserError
 from train import resumed, train
 
 CSV = Path("docs/paper.csv")

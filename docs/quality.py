@@ -12,13 +12,14 @@ from collections.abc import Callable
 import torch
 from matplotlib.figure import Figure
 
-from config import SAMPLERS, SAMPLING, Config, run_script
+from config import SAMPLERS, SAMPLING, Config
 from dataset import denormalize, load_dataset, normalize
 from dit import DiT
 from evaluate import frechet_distance
-from inference import draw
-from support.checkpoint import load_model, network_evaluations
+from inference import draw_images, network_evaluations
+from support.checkpoint import load_model
 from support.classifier import HELD_OUT, judge_of
+from support.command_line import run_script
 
 NUM_SAMPLES = 1000
 EVALUATIONS = (1, 2, 3, 5, 10, 20, 50, 250)
@@ -43,15 +44,15 @@ def settings(process: str) -> list[dict]:
 
 def scorer(dataset: str, num_samples: int) -> Callable[[DiT, Config], tuple[float, float]]:
     """A function of a model and its config: the accuracy and FD ratio of num_samples images drawn with it."""
-    train, test = (load_dataset(dataset, Config().data_dir, train=part) for part in (True, False))
-    judge = judge_of(train.name, Config().data_dir, train.images, train.labels)
+    train, test = (load_dataset(dataset, Config().data_folder, train=part) for part in (True, False))
+    judge = judge_of(train.name, Config().data_folder, train.images, train.labels)
     of_test, _ = judge.read(normalize(test.images))
     of_real, _ = judge.read(normalize(train.images[-HELD_OUT:][:num_samples]))
     real = frechet_distance(of_real, of_test)
     y = test.labels[:num_samples]
 
     def score(model: DiT, config: Config) -> tuple[float, float]:
-        images = denormalize(draw(model, config, y, torch.Generator().manual_seed(0)))
+        images = denormalize(draw_images(model, config, y, torch.Generator().manual_seed(0)))
         features, logits = judge.read(normalize(images))
         accuracy = (logits.argmax(1) == y).float().mean().item()
         return round(accuracy, 4), round(frechet_distance(features, of_test) / real, 4)

@@ -7,15 +7,14 @@ thickened. 60,000 take about two seconds, because the work is one `grid_sample` 
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from config import UserError
-from support.checkpoint import load_file, save_file
+from support.errors import UserError
+from support.files import load_file, save_file
 
 GLYPH_FONTS = (
     "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono DejaVuSansMono-Bold "
@@ -29,6 +28,8 @@ def glyph_distances(size: int = 64) -> Tensor:
 
     Distances, because the outline at distance d is the same glyph with a stroke wider by 2d.
     """
+    import matplotlib  # here, for it takes a second that sampling need not wait
+
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     pixels = torch.cartesian_prod(torch.arange(size), torch.arange(size)).float()
     distances = []

@@ -8,10 +8,8 @@ from http.client import HTTPException
 from pathlib import Path
 
 from torch import Tensor
-from torchvision.datasets import MNIST
-from torchvision.datasets.utils import calculate_md5
 
-from config import NotAvailable, UserError
+from support.errors import NotAvailable, UserError
 
 MNIST_FILES = {  # MD5 of the uncompressed originals
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -21,13 +19,16 @@ MNIST_FILES = {  # MD5 of the uncompressed originals
 }
 
 
-def load_mnist(data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
+def load_mnist(data_dir: str | Path, train: bool) -> tuple[Tensor, Tensor]:
     """The 60,000 training or 10,000 test digits of MNIST (LeCun et al., 1998), downloaded where they are not.
 
     Raises:
         UserError: if a file is damaged, naming it.
         NotAvailable: if MNIST is neither in data_dir nor to be downloaded.
     """
+    from torchvision.datasets import MNIST  # here, for it takes seconds that sampling need not wait
+    from torchvision.datasets.utils import calculate_md5
+
     folder = Path(data_dir) / "MNIST" / "raw"
     for name, md5 in MNIST_FILES.items():
         if (folder / name).exists() and calculate_md5(folder / name) != md5:
@@ -40,6 +41,8 @@ def load_mnist(data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
 
 def download_mnist(folder: Path, timeout: float = 10.0) -> None:
     """Download MNIST's four files into folder, all or none; NotAvailable within `timeout` s without a network."""
+    from torchvision.datasets import MNIST
+
     reached = threading.Event()
 
     def try_mirrors() -> None:

@@ -1,75 +1,44 @@
-"""Files of weights: written atomically, read without trusting them, turned back into a model.
+"""From files and configs to models and processes: what the names in a Config stand for, and what is believed of a file.
 
-`model.pth` is {"model": state_dict, "config": dict}: all that is needed to sample. Files are read with
-`weights_only=True`, which builds tensors and plain containers and refuses to run code. Published weights, which say
-nothing of a config, are recognised by published.py.
+`model.pth` is {"model": state_dict, "config": dict}: all that is needed to sample. `checkpoint.pth` is what a training
+run goes on from. Published weights, which say nothing of a config, are recognised by published.py.
 """
 
-import argparse
-import contextlib
 import dataclasses
-import functools
-import os
-import warnings
-from collections.abc import Iterator
+import inspect
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from config import Config, UserError
+from config import Config
 from diffusion import Diffusion
 from dit import DiT
-from support.published import DOWNLOADS, optional, read_published, reason_of, sizes_of
+from dit_block import DiTBlock
+from support.errors import UserError
+from support.files import load_file, read_file, warn
+from support.machine import check_memory
+from support.published import DOWNLOADS, read_published, reason_of, sizes_of
+from variants.conditioning import AdaLNBlock, CrossAttentionBlock, InContextBlock
 from variants.flow_matching import FlowMatching
+from variants.learned_variance import LearnedVariance
 
-
-def save_file(content: Any, path: str | Path) -> None:
-    """torch.save that leaves the old file or the new one, never a part: temporary file, flush, rename.
-
-    Raises:
-        UserError: if it cannot be written (disk full, no permission); what was there before is intact.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise UserError(f"cannot write {path} ({error}); free some space or choose another folder") from error
-
-
-def load_file(path: str | Path) -> Any:
-    """What save_file wrote, or a published file holds, on the CPU.
-
-    Raises:
-        UserError: if the file is missing, damaged, not one of torch's or safetensors', or holds more than plain data.
-    """
-    if not os.path.isfile(path):
-        address = DOWNLOADS.get(os.path.basename(path))
-        advice = f"download it from {address}" if address else "name a file of weights, such as runs/digits/model.pth"
-        raise UserError(f"{path} {'is a folder' if os.path.isdir(path) else 'does not exist'}; {advice}")
-    if str(path).endswith(".safetensors"):
-        read = optional("safetensors.torch", str(path)).load_file
-    else:
-        read = functools.partial(torch.load, map_location="cpu", weights_only=True)
-    try:
-        # facebookresearch/DiT's train.py keeps its flags in a Namespace, which is plain data too.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # of a foreign file's format: the error below says it all
-            return read(path)
-    except Exception as error:  # random bytes can fail in any way inside the reader
-        raise UserError(f"{path} is damaged or not a file of weights ({type(error).__name__})") from error
+BLOCKS = {
+    "in-context": InContextBlock,
+    "cross-attention": CrossAttentionBlock,
+    "adaLN": AdaLNBlock,
+    "adaLN-Zero": DiTBlock,
+}
+PROCESSES = {"diffusion": Diffusion, "flow_matching": FlowMatching}
+OF_EVERY_FILE = "image_size patch_size in_channels hidden_size depth num_heads num_classes".split()  # fields
+OF_THE_MACHINE = ("data_dir", "out_dir", "device")
 
 
 def model_config(config: Config) -> dict[str, Any]:
     """What model.pth keeps of a Config: everything but the folders and device of the machine that trained it."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("data_dir", "out_dir", "device")}
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in OF_THE_MACHINE}
 
 
 def build_model(config: Config) -> DiT:
@@ -83,71 +52,123 @@ def build_model(config: Config) -> DiT:
         num_heads=config.num_heads,
         num_classes=config.num_classes,
         learn_sigma=config.learn_sigma,
-        block=config.block,
+        block=BLOCKS[config.block],
         activation_checkpointing=config.activation_checkpointing,
     )
 
 
 def build_process(config: Config) -> Diffusion | FlowMatching:
-    """The process that a config names, with its own options."""
-    shared = dict(prediction=config.prediction, time_sampling=config.time_sampling, time_mean=config.time_mean)
-    if config.process == "flow_matching":
-        return FlowMatching(**shared)
-    own = dict(schedule=config.schedule, loss=config.loss, learn_sigma=config.learn_sigma, clip_x0=config.clip_x0)
-    return Diffusion(**own, **shared)
-
-
-def denoise(model: DiT, config: Config, y: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """x_T, ..., x_0 for the labels y (B,), each (B, C, H, W), drawn as the config's sampling fields say."""
-    size = model.image_size
-    noise = torch.randn(len(y), model.in_channels, size, size, device=y.device, generator=generator)
-    return build_process(config).sample(
-        model,
-        noise,
-        y,
-        steps=config.sample_steps,
-        sampler=config.sampler,
-        cfg_scale=config.cfg_scale,
-        cfg_interval=(config.cfg_low, config.cfg_high),
-        generator=generator,
-        **({"eta": config.eta} if config.process == "diffusion" else {}),
-    )
-
-
-class Counter:
-    """A stand-in for the network that counts the images it is given."""
-
-    in_channels, image_size, num_classes, images = 1, 1, 1, 0
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        self.images += len(x)
-        return torch.zeros_like(x)
-
-
-def network_evaluations(config: Config) -> int:
-    """Forward passes for one image, by the config's sampling fields; a guided step takes two, one of heun more."""
-    counter = Counter()
-    config = config.replace(learn_sigma=False)  # the counter has no variance to tell
-    list(denoise(counter, config, torch.zeros(1, dtype=torch.int64), torch.Generator()))
-    return counter.images
-
-
-def sampling_of(config: Config) -> str:
-    """A config's way of sampling, and its cost, in words."""
-    guidance = f"guidance {config.cfg_scale}"
-    if config.cfg_scale != 1 and (config.cfg_low, config.cfg_high) != (0, 1):
-        guidance += f" at noise {config.cfg_low} to {config.cfg_high}"
-    return (
-        f"{config.sampler}, {config.sample_steps} steps, {guidance}: {network_evaluations(config)} network evaluations"
-    )
+    """The process that a config names; its options bear the names of the config's fields."""
+    process = PROCESSES[config.process]
+    if config.learn_sigma:
+        process = LearnedVariance
+    options = inspect.signature(process).parameters
+    return process(**{name: value for name, value in vars(config).items() if name in options})
 
 
 def read_config(values: Any, path: str | Path) -> Config:
     """A Config from what a file says of it, or UserError naming the file."""
     try:
+        for name in OF_EVERY_FILE:
+            values[name]
+        if isinstance(values.get("seed"), int):
+            values = {**values, "seed": values["seed"] % 2**32}  # larger ones, once allowed, drew the same numbers
         return Config(**values)
-    except (TypeError, UserError) as error:
-        raise UserError(f"{path} holds no usable config ({error})") from error
+    except Exception as error:  # a file can hold anything
+        raise UserError(f"{path} holds no usable config ({reason_of(error)})") from error
+
+
+def check_state(state: dict[str, Tensor], config: Config) -> DiT:
+    """An empty model of a config's sizes; UserError unless the state dict fits it, name by name, and is finite."""
+    for name, value in sizes_of(state).items():
+        if getattr(config, name) != value:
+            raise UserError(f"its weights have {name} {value}, but its config says {getattr(config, name)}")
+    with torch.device("meta"):  # sizes only, so that a lying config costs no memory
+        model = build_model(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name, parameter in model.state_dict().items():
+        shape = shapes.pop(name, "missing")
+        if shape != tuple(parameter.shape):
+            raise UserError(f"{name} is {shape}; in a model of its sizes it is {tuple(parameter.shape)}")
+        if not (state[name].is_floating_point() and state[name].isfinite().all()):
+            raise UserError(f"{name} has values that are not finite numbers")
+    if shapes:
+        raise UserError(f"{next(iter(shapes))} is no part of a model of its sizes")
+    return model
+
+
+def check_size(config: Config, device: torch.device) -> None:
+    """UserError, before the work, for a network that cannot be trained in the memory that is there.
+
+    Counted is the least it takes: weights, gradients, their average and AdamW's two moments, and of the activations
+    eight numbers for each feature of a token in each block.
+    """
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
+    tokens = config.batch_size // config.accumulation_steps * (config.image_size // config.patch_size) ** 2
+    activations = tokens * config.hidden_size * (1 if config.activation_checkpointing else 8 * config.depth)
+    what = f"a network of {parameters:,} parameters with a batch of {config.batch_size}"
+    advice = "try a smaller --hidden-size, --depth or --batch-size"
+    check_memory(4 * (5 * parameters + activations), what, advice, device)
+
+
+def load_checkpoint(path: str | Path) -> tuple[Config, dict[str, Any]]:
+    """The config and the state of a checkpoint.pth: {config, model, ema, optimizers, progress, made_with}.
+
+    Raises:
+        UserError: unless all that resuming uses fits the config, but for the optimizers: see restore_optimizer.
+    """
+    state = load_file(path)
+    needed = {"config", "model", "ema", "optimizers", "progress"}
+    if not isinstance(state, dict) or not needed <= state.keys() <= needed | {"made_with"}:
+        raise UserError(f"{path} is not a checkpoint of train.py")
+    config = read_config(state["config"], path)
+    try:
+        for name in ("model", "ema"):
+            check_state(state[name], config)
+        check_progress(*state["progress"], config.train_steps)
+        dict(state.get("made_with", {}))
+    except Exception as error:  # a file can lie in more ways than can be listed
+        raise UserError(f"{path} holds no run to go on with: {reason_of(error)}") from error
+    return config, state
+
+
+def check_progress(
+    step: int, rows: list[str], loss_sum: float, loss_count: int, seconds: float, train_steps: int
+) -> None:
+    """UserError unless a checkpoint's counters can be those of a run."""
+    counters = f"step {step}, {loss_count} losses of sum {loss_sum} in {seconds} seconds"
+    whole = isinstance(step, int) and isinstance(loss_count, int)
+    if not (whole and 0 <= step <= train_steps and 0 <= loss_count <= step and math.isfinite(loss_sum + seconds)):
+        raise UserError(f"it says {counters}, of {train_steps} steps")
+    for row in rows:
+        if len([float(figure) for figure in row.split(",")]) != 4:
+            raise UserError(f"its row {row!r} is none of loss.csv")
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], step: int) -> None:
+    """Give a fresh optimizer the moments of a saved one; its settings stay the config's.
+
+    Raises:
+        UserError: unless there are finite moments of the right shape for each parameter, after `step` steps.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    muon = isinstance(optimizer, torch.optim.Muon)
+    names = {"momentum_buffer"} if muon else {"step", "exp_avg", "exp_avg_sq"}
+    if set(saved["state"]) != set(range(len(parameters) if step else 0)):
+        raise UserError("its optimizer has not a state for each parameter")
+    state = {}
+    for index, moments in saved["state"].items():
+        if moments.keys() != names:
+            raise UserError(f"its optimizer holds {', '.join(moments)}, not {', '.join(sorted(names))}")
+        for name, tensor in moments.items():
+            shape = () if name == "step" else parameters[index].shape
+            if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.isfinite().all():
+                raise UserError(f"{name} of its optimizer is {tuple(tensor.shape)}, or not finite; it must be {shape}")
+        if not muon and moments["step"] != step:
+            raise UserError(f"its optimizer has taken {moments['step']:.0f} steps, not {step}")
+        state[index] = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in moments.items()}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, Config]:
@@ -156,24 +177,21 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Di
     Raises:
         UserError: if the file cannot be read, or its weights are not those of the model its config describes.
     """
-    content = load_file(path)
-    if isinstance(content, dict) and {"model", "config"} <= content.keys():
-        config, state = read_config(content["config"], path), content["model"]
+    address = DOWNLOADS.get(Path(path).name)
+    advice = f"download it from {address}" if address else "name a file of weights, such as runs/digits/model.pth"
+    content, intact = read_file(path, advice)
+    ours = isinstance(content, dict) and {"model", "config"} <= content.keys()
+    if not intact:
+        if ours:
+            raise UserError(f"{path} is damaged: its checksums do not fit what it holds")
+        warn(f"the checksums of {path} do not fit what it holds; some programs write none")
+    if ours:
+        # Of a training checkpoint, as of model.pth, the average of the weights is what draws best.
+        config, state = read_config(content["config"], path), content.get("ema", content["model"])
     else:
         config, state = read_published(content, path)
     try:
-        for name, value in sizes_of(state).items():
-            if getattr(config, name) != value:
-                raise UserError(f"its weights have {name} {value}, but its config says {getattr(config, name)}")
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        with torch.device("meta"):  # sizes only, so that a lying config costs no memory
-            model = build_model(config)
-        for name, parameter in model.state_dict().items():
-            shape = shapes.pop(name, "missing")
-            if shape != tuple(parameter.shape):
-                raise UserError(f"{name} is {shape}; in a model of its sizes it is {tuple(parameter.shape)}")
-        if shapes:
-            raise UserError(f"{next(iter(shapes))} is no part of a model of its sizes")
+        model = check_state(state, config)
         model.to_empty(device=device).load_state_dict(state)
     except Exception as error:  # a file can lie in more ways than can be listed
         raise UserError(f"{path} holds no usable model: {reason_of(error)}") from error

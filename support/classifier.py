@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import UserError
 from dataset import normalize
-from support.checkpoint import load_file, save_file
+from support.errors import UserError
+from support.files import load_file, save_file
 
 HELD_OUT = 10_000  # the last training images: the "real" column of the evaluation
 FEATURES = 128

@@ -1,6 +1,7 @@
 """What this machine can do: its device, the precision it computes fastest in, its compiler, its signals."""
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import UserError
+from support.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
@@ -40,12 +41,29 @@ def choose_compile(name: str, train_steps: int) -> str:
     return "on" if train_steps >= 2000 else "off"
 
 
-def compile_network(model: nn.Module, backward: Callable[[Callable], Tensor]) -> Callable:
-    """The model compiled, tried on one gradient; or the model itself, said aloud, where no compiler works."""
+def check_memory(needed: float, what: str, advice: str, device: torch.device | None = None) -> None:
+    """Refuse, before the work, what takes more bytes than a device has (the CPU's, unless it is a GPU)."""
+    if device is not None and device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:  # Windows does not tell
+        return
+    if needed > there:
+        raise UserError(
+            f"{what} would take {needed / 1e9:,.0f} GB of memory, and there are {there / 1e9:,.0f}; {advice}"
+        )
+
+
+def compile_network(model: nn.Module, loss_of: Callable[[Callable], Tensor]) -> Callable:
+    """The model compiled, tried on the gradient of one loss; or the model itself, said aloud, where none compiles."""
+    if os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1":
+        print("TORCH_COMPILE_DISABLE is set, so nothing is compiled: it is only slower")
+        return model
     compiled = torch.compile(model)
     start = time.perf_counter()
     try:
-        backward(compiled)
+        loss_of(compiled).backward()
     except Exception as error:  # whatever the compiler's trouble is, the run can do without it
         print(f"compiling failed ({type(error).__name__}), so the run goes on without: it is only slower")
         compiled = model
@@ -57,9 +75,11 @@ def compile_network(model: nn.Module, backward: Callable[[Callable], Tensor]) ->
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM become numbers in a list, for a loop to end in order; a second one acts at once."""
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    received = []
+    """Ctrl-C, SIGTERM, a lost terminal become numbers in a list, for a loop to end in order; a second acts at once."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    usual = {number: signal.getsignal(number) for number in numbers}
+    usual = {number: handler for number, handler in usual.items() if handler != signal.SIG_IGN}  # as under nohup
+    received: list[int] = []
 
     def receive(number: int, frame: Any) -> None:
         received.append(number)

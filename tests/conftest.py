@@ -11,12 +11,15 @@ import torch
 from dataset import load_dataset, normalize
 from dit import DiT
 from loaders.mnist import MNIST_FILES
+from support.checkpoint import BLOCKS
 
 ROOT = Path(__file__).parent.parent
 
 
 def random_dit(seed: int = 0, **sizes) -> DiT:
     """A DiT with every tensor redrawn from N(0, 0.05): a fresh one predicts 0, which would prove nothing."""
+    if "block" in sizes:
+        sizes["block"] = BLOCKS[sizes["block"]]
     torch.manual_seed(seed)
     model = DiT(**{"hidden_size": 32, "depth": 2, "num_heads": 2, **sizes}).eval()
     for parameter in model.parameters():

@@ -7,7 +7,7 @@ from conftest import assert_one_line_error, run
 
 import benchmark
 from benchmark import Step, compare, diffusers_dit, paired_ratio, relative_error, size_config
-from config import UserError
+from support.errors import UserError
 from support.published import from_diffusers
 
 CPU = torch.device("cpu")
@@ -64,8 +64,8 @@ def test_without_diffusers_ours_is_measured_alone(short, tmp_path, capsys, monke
 def test_compiled_networks_are_a_variant_unless_one_does_not_compile(short, tmp_path, monkeypatch):
     compiled = []
 
-    def compile_network(network, backward):
-        backward(network)
+    def compile_network(network, loss_of):
+        loss_of(network).backward()
         assert any(parameter.grad is not None for parameter in network.parameters())
         network.zero_grad()
         compiled.append(network)
@@ -158,8 +158,8 @@ def test_memory_of_each_mode():
     [
         (("--models", "digits,DiT-M/2"), ("'DiT-M/2'", "digits", "DiT-XL/2")),
         (("--modes", "forward,sampling"), ("'sampling'", "forward, training")),
-        (("--batch-size", "0"), ("--batch-size is 0", "at least 1")),
-        (("--repeats", "0"), ("--repeats is 0", "at least 1")),
+        (("--batch-size", "0"), ("batch_size is 0", "at least 1")),
+        (("--repeats", "0"), ("repeats is 0", "at least 1")),
         (("--json", "report.txt"), ("report.txt", ".json")),
     ],
 )

@@ -1,9 +1,11 @@
 import dataclasses
 
 import pytest
+from conftest import ROOT
 
-from config import PRESETS, Config, Parser, UserError, preset, run_script
-from dit import PAPER_MODELS
+from config import PAPER_MODELS, PRESETS, Config, preset
+from support.command_line import Parser, run_script
+from support.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_the_papers_models_are_presets():
     xl = preset("DiT-XL/2")
     assert (xl.depth, xl.hidden_size, xl.num_heads, xl.patch_size, xl.image_size) == (28, 1152, 16, 2, 32)
     assert (xl.prediction, xl.schedule, xl.learn_sigma, xl.learning_rate) == ("noise", "linear", True, 1e-4)
-    assert str(xl.run_dir) == "runs/DiT-XL-2"
+    assert xl.run_dir == ROOT / "runs" / "DiT-XL-2"
     assert len(set(PAPER_MODELS) & set(PRESETS)) == 12
 
 

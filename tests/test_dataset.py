@@ -10,11 +10,11 @@ import torch
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
 
-from config import NotAvailable, UserError
 from dataset import DATASETS, denormalize, load_dataset, normalize
 from loaders import glyphs, mnist
 from loaders.glyphs import draw_glyphs
 from loaders.mnist import MNIST_FILES
+from support.errors import NotAvailable, UserError
 
 
 def test_glyphs_are_drawn_in_time_alike_for_a_seed_and_cached(tmp_path, monkeypatch):

@@ -3,8 +3,8 @@ import torch
 from conftest import random_dit
 
 from benchmark import diffusers_dit, relative_error
-from config import Config
-from dit import PAPER_MODELS, DiT, sincos_pos_embed, unpatchify
+from config import PAPER_MODELS, Config
+from dit import DiT, sincos_pos_embed, unpatchify
 from support.published import from_diffusers
 
 
@@ -91,11 +91,6 @@ def test_labels_timesteps_and_the_null_class_matter():
 def test_sizes_that_do_not_divide_are_refused(sizes):
     with pytest.raises(ValueError, match=r"\d+ is not divisible by"):
         DiT(**sizes)
-
-
-def test_an_unknown_block_is_refused():
-    with pytest.raises(ValueError, match="block 'post-norm' is not one of in-context, cross-attention, adaLN"):
-        DiT(block="post-norm")
 
 
 def test_activation_checkpointing_changes_no_gradient():

@@ -4,9 +4,11 @@ from conftest import random_dit
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import train
-from config import Config, UserError, preset
+from config import Config, preset
 from diffusion import Diffusion
-from support.checkpoint import build_process, load_model, network_evaluations
+from inference import network_evaluations
+from support.checkpoint import build_process, load_model
+from support.errors import UserError
 from variants.flow_matching import FlowMatching
 
 

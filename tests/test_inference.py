@@ -6,13 +6,15 @@ from conftest import ROOT, assert_one_line_error, random_dit, run
 from PIL import Image
 
 import inference
-from config import Config, UserError
+from config import PAPER_MODELS, Config
 from dataset import denormalize
-from diffusion import Diffusion
-from dit import PAPER_MODELS
-from inference import parse_labels
-from support.checkpoint import build_process, denoise, load_model, model_config, save_file
-from support.published import decode, load_vae
+from inference import denoise, parse_labels
+from support.autoencoder import decode, load_vae
+from support.checkpoint import build_process, load_model, model_config
+from support.errors import UserError
+from support.files import save_file
+from support.pictures import save_strip
+from variants.learned_variance import LearnedVariance
 
 np = pytest.importorskip("numpy")
 
@@ -88,7 +90,7 @@ def test_published_weights_sample_as_the_paper_does(published_file, vae_dir, tmp
     infer(published_file, *flags, "--npz", tmp_path / "s.npz")
     assert "by ddpm, 5 steps, guidance 4.0: 10 network" in capsys.readouterr().out
     model, config = load_model(published_file)
-    process, generator = Diffusion("linear", "noise", learn_sigma=True, clip_x0=False), torch.Generator().manual_seed(9)
+    process, generator = LearnedVariance("linear", "noise", clip_x0=False), torch.Generator().manual_seed(9)
     noise, y = torch.randn(2, 4, 16, 16, generator=generator), torch.tensor([207, 360])
     options = dict(steps=5, sampler="ddpm", cfg_scale=4.0, generator=generator)
     *_, x = process.sample(model, noise, y, **options)
@@ -108,7 +110,7 @@ def test_latents_are_shown_decoded(published_file, vae_dir, tmp_path):
 
 
 def test_the_strip_of_large_images_is_large(tmp_path):
-    inference.save_strip([torch.zeros(1, 3, 256, 256)] * 4, [207], tmp_path / "strip.png")
+    save_strip(dict(enumerate([torch.zeros(1, 3, 256, 256)] * 4)), [207], tmp_path / "strip.png")
     assert Image.open(tmp_path / "strip.png").width >= 4 * 256
 
 
@@ -127,7 +129,7 @@ def test_many_are_drawn_in_batches(limit, model_file, monkeypatch):
     model, config = load_model(model_file)
     y, generator = torch.arange(7), torch.Generator().manual_seed(1)
     monkeypatch.setattr(inference, *limit)
-    images = inference.draw(model, config, y, torch.Generator().manual_seed(1))
+    images = inference.draw_images(model, config, y, torch.Generator().manual_seed(1))
     parts = [list(denoise(model, config, part, generator))[-1] for part in y.split(3)]
     assert torch.equal(images, torch.cat(parts))
 
@@ -151,7 +153,7 @@ def test_labels_are_parsed():
         (["--sampler", "heun"], "'heun' is not one of process diffusion's: ddpm, ddim, dpm++"),
         (["--sampler", "ddpm", "--eta", "1"], "eta 1.0 is an option of sampler ddim"),
         (["--cfg-scale", "nan"], "cfg_scale is nan"),
-        (["--cfg-low", "0.9", "--cfg-high", "0.5"], "cfg_low is 0.9; it must be at least 0, and less than cfg_high"),
+        (["--cfg-low", "0.9", "--cfg-high", "0.5"], "cfg_low is 0.9; it must be less than cfg_high, 0.5"),
         (["--cfg-high", "1.5"], "cfg_high is 1.5; it must be at most 1"),
         (["--num-samples", "-3"], "num_samples is -3; it must be at least 1"),
         (["--npz", "s.npz"], "--npz needs --num-samples"),
@@ -159,7 +161,7 @@ def test_labels_are_parsed():
         (["--vae", "folder"], "the checkpoint draws pixels; leave it out"),
         (["--output", "strip.tiff"], "must end in .png"),
         (["--output", "/no/such/folder/strip.png"], "its folder does not exist"),
-        (["--labels", "1" * 101], "101 labels are too many for one picture"),
+        (["--labels", "1," * 101], "101 labels are too many for one picture"),
         (["--seed", "99999999999999999999"], "seed is 99999999999999999999"),
     ],
 )
@@ -189,7 +191,7 @@ def share_read_as_asked(read_digits, count, **changes) -> float:
     """Of `count` samples of the shipped weights, the share that the nearest training digit reads as asked for."""
     model, config = load_model(ROOT / "model.pth")
     y, generator = torch.arange(count) % 10, torch.Generator().manual_seed(0)
-    images = inference.draw(model, config.replace(**changes), y, generator)
+    images = inference.draw_images(model, config.replace(**changes), y, generator)
     return (read_digits(images) == y).float().mean().item()
 
 

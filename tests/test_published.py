@@ -7,11 +7,11 @@ import torch
 from conftest import random_dit
 
 from benchmark import diffusers_dit, relative_error
-from config import Config, UserError
-from dit import PAPER_MODELS, sincos_pos_embed
-from inference import save_strip
+from config import PAPER_MODELS, Config
+from dit import sincos_pos_embed
+from support.autoencoder import decode, load_vae
 from support.checkpoint import load_model
-from support.published import decode, load_vae
+from support.errors import UserError
 
 SIZES = dict(image_size=16, in_channels=4, num_classes=5, learn_sigma=True, **PAPER_MODELS["DiT-S/8"])
 PAPER = dict(process="diffusion", prediction="noise", schedule="linear", clip_x0=False, block="adaLN-Zero")
@@ -160,14 +160,6 @@ def test_a_vae_in_a_bin_file_loads_without_a_word(vae_dir, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, vae.state_dict()[name]), name
-
-
-def test_of_the_frames_those_shown_are_decoded_alone(vae_dir, tmp_path):
-    vae, frames = load_vae(str(vae_dir), latents(4)), [torch.randn(2, 4, 8, 8) for _ in range(50)]
-    calls = []
-    vae.decoder.register_forward_pre_hook(lambda *_: calls.append(1))
-    save_strip(frames, [0, 1], tmp_path / "strip.png", vae)
-    assert len(calls) == 11 * 2
 
 
 def test_a_model_of_pixels_needs_no_vae():

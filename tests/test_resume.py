@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, run
 from test_train import assert_same, without_time
 
-from support.checkpoint import load_file
+from support.files import load_file
 
 STEPS = 300
 FLAGS = [

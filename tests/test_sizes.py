@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from benchmark import count_gflops
-from dit import PAPER_MODELS, DiT
+from config import PAPER_MODELS
+from dit import DiT
+from support.checkpoint import BLOCKS
 
 # Table 4: million parameters and Gflops of one forward pass at 32 x 32 x 4.
 TABLE_4 = {
@@ -46,4 +48,4 @@ def test_parameters_of_xl():
     "block, gflops", [("in-context", 119.4), ("cross-attention", 137.6), ("adaLN", 118.6), ("adaLN-Zero", 118.6)]
 )
 def test_gflops_of_the_block_designs_are_those_of_the_paper(block, gflops):
-    assert count("DiT-XL/2", block=block)[1] == pytest.approx(gflops, abs=0.1)
+    assert count("DiT-XL/2", block=BLOCKS[block])[1] == pytest.approx(gflops, abs=0.1)

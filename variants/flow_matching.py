@@ -1,6 +1,6 @@
 """Rectified flow: straight lines from noise to data, and the velocity along them (Liu et al., 2023).
 
-    forward   x_t = (1 - t) x_0 + t noise,  t from 0 (data) to 1 (noise)
+    forward   x_t = (1 - t) x_0 + t noise,  t from 0 (data) to 1 (noise); the paper's time runs the other way
     training  the network is given x_t and 1000 t and learns the velocity dx/dt = noise - x_0
               (Lipman et al., 2023; t from a logit-normal: Esser et al., 2024, section 3.1),
               or x_0, from which the velocity follows: (x_t - x_0) / t (Li & He, 2025)
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from diffusion import TIME_SAMPLINGS, draw_time, forgive_overshoot, guided
+from diffusion import TIME_SAMPLINGS, draw_time, forgive_overshoot, guidance_at, guided
 
 PREDICTIONS = ("x0", "v")
 NUM_TIMESTEPS = 1000  # the network sees 1000 t, as it sees the timesteps of a diffusion
@@ -41,14 +41,14 @@ class FlowMatching:
         self.prediction = prediction
         self.time_sampling, self.time_mean = time_sampling, time_mean
 
-    def draw(self, x0: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    def draw_noise(self, x0: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """What is random in the loss of x0 (B, C, H, W): times (B,) in [0, 1] and noise (B, C, H, W)."""
         t = draw_time(len(x0), self.time_sampling, self.time_mean, x0.device, generator)
         return t, torch.randn(x0.shape, device=x0.device, generator=generator)
 
     def loss(self, model: Callable, x0: Tensor, y: Tensor, generator: Generator | None = None, drawn=None) -> Tensor:
-        """The training loss: x0 (B, C, H, W) in [-1, 1], y (B,), what `draw` draws, unless it is given -> scalar."""
-        t, noise = drawn or self.draw(x0, generator)
+        """The training loss: x0 (B, C, H, W) in [-1, 1], y (B,), what `draw_noise` draws, or `drawn` -> scalar."""
+        t, noise = drawn or self.draw_noise(x0, generator)
         x = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
         output = model(x, NUM_TIMESTEPS * t, y).float()
         target = forgive_overshoot(x0, output) if self.prediction == "x0" else noise - x0
@@ -82,10 +82,8 @@ class FlowMatching:
         if steps < 1:
             raise ValueError(f"sample_steps {steps} is not at least 1")
 
-        cfg_low, cfg_high = cfg_interval
-
         def velocity(x: Tensor, t: float) -> Tensor:
-            scale = cfg_scale if cfg_low < t <= cfg_high else 1.0
+            scale = guidance_at(t, cfg_scale, cfg_interval)
             output = guided(model, x, torch.full((len(x),), NUM_TIMESTEPS * t, device=x.device), y, scale)
             return (x - output) / t if self.prediction == "x0" else output
 

@@ -1,0 +1,164 @@
+"""The one place where files are opened and believed, and the one where results are written.
+
+Written atomically: under another name, flushed to the disk, then renamed, so that the old file stays or the new one is
+whole. Read without trust: `weights_only=True` builds tensors and plain containers and refuses to run code, and a zip's
+own checksums are compared with its contents, for a tensor with a flipped bit looks like any other.
+"""
+
+import argparse
+import contextlib
+import os
+import pickle
+import sys
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from support.errors import DamagedFile, UserError, is_memory_error, optional
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write in, which becomes `path` once it is whole; a link stays one.
+
+    Raises:
+        UserError: if it cannot be written (disk full, no permission); what was there before is intact.
+    """
+    target = os.path.realpath(path)
+    temporary = f"{target}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of what the file said
+        if is_memory_error(error):
+            raise
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        reason = cause.strerror or cause
+        raise UserError(f"cannot write {path} ({reason}); free some space or choose another folder") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def save_file(content: Any, path: str | Path) -> None:
+    """torch.save, as `writing` writes."""
+    with writing(path) as file:
+        torch.save(content, file)
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Add a line to a text file; UserError if it cannot be written."""
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); free some space or choose another folder") from error
+
+
+def check_path(flag: str, path: str, suffix: str) -> None:
+    """Refuse a file that could not be written, before the work rather than after it."""
+    folder = Path(path).absolute().parent
+    if Path(path).suffix != suffix:
+        raise UserError(f"{flag} {path}: the file's name must end in {suffix}")
+    if not folder.is_dir():
+        raise UserError(f"{flag} {path}: its folder does not exist; create it first")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{flag} {path}: nothing can be written in its folder; choose another")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other process that asks for the same lock out of a folder; the lock dies with this process.
+
+    Raises:
+        UserError: if another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(f"{folder} is in use by another run; wait for its end, or give another --out-dir") from error
+    except OSError:  # a file system without locks: go on without
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def read_file(path: str | Path, missing: str = "name a file of weights") -> tuple[Any, bool]:
+    """What a file of torch's or safetensors' holds, on the CPU, and whether it is as it was written.
+
+    The second is False where a zip's checksums do not fit its contents; files without checksums are taken as intact.
+
+    Args:
+        missing: what to do where there is no such file.
+
+    Raises:
+        DamagedFile: if it is not one of torch's or safetensors'.
+        UserError: if it cannot be read, or holds more than plain data.
+        MemoryError, RuntimeError: if memory is short.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{path} {'is a folder' if os.path.isdir(path) else 'does not exist'}; {missing}")
+    try:
+        with open(path, "rb"):
+            pass
+        if str(path).endswith(".safetensors"):
+            return optional("safetensors.torch", str(path)).load_file(path), True
+        # facebookresearch/DiT's train.py keeps its flags in a Namespace, which is plain data too.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # of a foreign file's format: the errors below say it all
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        return content, checksums_fit(path)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+    except pickle.UnpicklingError as error:
+        raise DamagedFile(f"{path} is damaged or not a file of weights ({type(error).__name__})") from error
+    except Exception as error:  # random bytes can fail in any way inside the reader
+        if is_memory_error(error):
+            raise
+        raise DamagedFile(f"{path} is damaged or not a file of weights ({type(error).__name__})") from error
+
+
+def checksums_fit(path: str | Path) -> bool:
+    """Whether a zip's contents are those that its checksums were made of; True for a file that is no zip."""
+    if not zipfile.is_zipfile(path):
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError):
+        return False
+
+
+def load_file(path: str | Path, missing: str = "name a file of weights") -> Any:
+    """What save_file wrote; UserError as read_file's, and for a file that has changed since."""
+    content, intact = read_file(path, missing)
+    if not intact:
+        raise DamagedFile(f"{path} is damaged: its checksums do not fit what it holds")
+    return content
+
+
+def warn(message: str) -> None:
+    """A line on stderr: something was assumed, or is not as it should be, and the work goes on."""
+    print(f"note: {message}", file=sys.stderr)

@@ -1,0 +1,77 @@
+"""The rules of the house: what stands at the root, and who may import whom."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+# Each row may import from the rows above it and, in its own row, from what stands to its left.
+ORDER = """
+support.errors
+support.files support.machine config
+support.command_line
+time_emb dit_block diffusion
+dit
+variants.*
+loaders.*
+dataset
+support.published support.autoencoder support.checkpoint support.classifier support.pictures
+inference
+train evaluate benchmark
+""".split()
+NOTHING_BUT_ERRORS = ("time_emb", "dit_block", "diffusion")
+CORE = "config dataset time_emb dit_block dit diffusion train inference".split()
+
+
+def modules() -> dict[str, str]:
+    """Source by module name, of the root and its rooms."""
+    paths = [path for room in (".", "support", "loaders", "variants") for path in (ROOT / room).glob("*.py")]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text() for path in paths}
+    return {name: text for name, text in names.items() if not name.endswith("__init__")}
+
+
+MODULES = modules()
+
+
+def imports_of(text: str) -> set[str]:
+    """The modules of ours that a source imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are from the root"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & MODULES.keys()
+
+
+def rank(name: str) -> int:
+    """The place of a module in ORDER; a room's modules that are not told apart share theirs."""
+    return ORDER.index(name) if name in ORDER else ORDER.index(name.split(".")[0] + ".*")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_from_its_left(name):
+    for other in imports_of(MODULES[name]):
+        assert rank(other) < rank(name), f"{name} imports {other}"
+        assert name not in NOTHING_BUT_ERRORS or other == "support.errors", f"{name} imports {other}"
+
+
+def test_a_broken_rule_is_seen():
+    assert imports_of("def f():\n    from inference import mosaic\n    import torch, train") == {"inference", "train"}
+    assert imports_of("from support import files") == {"support.files"}
+    assert rank("inference") < rank("train") and rank("variants.flow_matching") == rank("variants.conditioning")
+
+
+def test_the_root_is_what_a_newcomer_reads_and_runs():
+    found = {path.name for path in ROOT.iterdir() if path.suffix in (".py", ".pth")}
+    assert found == {"model.pth", *(f"{name}.py" for name in (*CORE, "evaluate", "benchmark"))}
+
+
+def test_nothing_runs_at_import_and_sampling_does_not_wait_for_what_it_does_not_use():
+    slow = "torchvision matplotlib diffusers IPython"
+    check = f"import sys, inference; sys.exit(' '.join(name for name in {slow.split()!r} if name in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

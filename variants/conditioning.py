@@ -1,0 +1,86 @@
+"""The three other ways to tell a block t and y (Peebles & Xie, 2023, section 3.2): `--block NAME`.
+
+    in-context        t and y are two more tokens among the image's; the block is a plain transformer's
+    cross-attention   a plain block that also asks t and y, between attention and MLP
+    adaLN             adaLN-Zero without gates, and without zeros at the start
+
+x (B, N, D)  ->  (B, N, D), as dit_block.DiTBlock; c is what each design's `enter` makes of t and y.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dit_block import Attention, DiTBlock, Mlp, attend, modulate
+
+
+class AdaLNBlock(DiTBlock):
+    """adaLN: adaLN-Zero without its gates, and without the zeros at the start."""
+
+    num_vectors = 4
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_1, scale_1, shift_2, scale_2 = self.adaLN_modulation(c).chunk(4, dim=1)
+        x = x + self.attn(modulate(self.norm1(x), shift_1, scale_1))
+        x = x + self.mlp(modulate(self.norm2(x), shift_2, scale_2))
+        return x
+
+    @staticmethod
+    def zeroed(model: nn.Module) -> list[nn.Linear]:
+        return []
+
+
+class PlainBlock(nn.Module):
+    """A transformer block that c does not touch, with norms of its own weights: what the two designs below share."""
+
+    modulates_final_layer = False
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.mlp = Mlp(hidden_size)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
+
+    @staticmethod
+    def leave(x: Tensor, num_tokens: int) -> Tensor:
+        return x[:, :num_tokens]
+
+    @staticmethod
+    def zeroed(model: nn.Module) -> list[nn.Linear]:
+        return []
+
+
+class InContextBlock(PlainBlock):
+    """In-context: t and y are two more tokens, behind the image's; c goes unused."""
+
+    @staticmethod
+    def enter(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([x, t.unsqueeze(1), y.unsqueeze(1)], dim=1), t + y  # (B, N + 2, D)
+
+
+class CrossAttentionBlock(PlainBlock):
+    """Cross-attention: the tokens also ask t and y, which are c (B, 2, D)."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__(hidden_size, num_heads)
+        self.num_heads = num_heads
+        self.norm_cross = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    @staticmethod
+    def enter(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x, torch.stack([t, y], dim=1)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        key, value = self.kv(c).chunk(2, dim=2)
+        x = x + self.proj(attend(self.q(self.norm_cross(x)), key, value, self.num_heads))
+        x = x + self.mlp(self.norm2(x))
+        return x
