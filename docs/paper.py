@@ -17,10 +17,10 @@ from pathlib import Path
 from benchmark import count_gflops
 from config import Config, preset
 from docs.quality import scorer
-from support.checkpoint import load_model
+from support.checkpoint import load_model, resumed
 from support.command_line import run_script
 from support.errors import UserError
-from train import resumed, train
+from train import train
 
 CSV = Path("docs/paper.csv")
 COLUMNS = "experiment block patch_size hidden_size depth seed step sample_steps parameters gflops accuracy FD_ratio"

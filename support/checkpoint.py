@@ -7,18 +7,19 @@ run goes on from. Published weights, which say nothing of a config, are recognis
 import dataclasses
 import inspect
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import Config
 from diffusion import Diffusion
 from dit import DiT
 from dit_block import DiTBlock
 from support.errors import UserError
-from support.files import load_file, read_file, warn
+from support.files import load_file, read_file, save_file, warn
 from support.machine import check_memory
 from support.published import DOWNLOADS, read_published, reason_of, sizes_of
 from variants.conditioning import AdaLNBlock, CrossAttentionBlock, InContextBlock
@@ -34,6 +35,7 @@ BLOCKS = {
 PROCESSES = {"diffusion": Diffusion, "flow_matching": FlowMatching}
 OF_EVERY_FILE = "image_size patch_size in_channels hidden_size depth num_heads num_classes".split()  # fields
 OF_THE_MACHINE = ("data_dir", "out_dir", "device")
+FREE_ON_RESUME = ("out_dir", "data_dir", "device", "sample_every", "checkpoint_every")
 
 
 def model_config(config: Config) -> dict[str, Any]:
@@ -146,6 +148,48 @@ def check_progress(
             raise UserError(f"its row {row!r} is none of loss.csv")
 
 
+def made_with(model: nn.Module) -> dict[str, Any]:
+    """What the same bits need besides the same numbers."""
+    device = next(model.parameters()).device.type
+    return {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": device}
+
+
+def diverged(out_dir: Path, what: str, step: int) -> UserError:
+    """The error of a training whose numbers are not finite any more."""
+    last_good = f"{out_dir}/checkpoint.pth is from before"
+    return UserError(f"{what} at step {step}; {last_good}; begin anew with a smaller --learning-rate and --out-dir NEW")
+
+
+def save_run(
+    out_dir: Path, config: Config, model: DiT, ema: DiT, optimizers: list[torch.optim.Optimizer], progress: list
+) -> None:
+    """Write checkpoint.pth, all that a run goes on from, and model.pth; UserError if the weights are not finite."""
+    if not all(parameter.isfinite().all() for parameter in (*model.parameters(), *ema.parameters())):
+        raise diverged(out_dir, "the weights are not finite", progress[0])
+    content = {"config": vars(config), "model": model.state_dict(), "ema": ema.state_dict(), "progress": progress}
+    content |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "made_with": made_with(model)}
+    save_file(content, out_dir / "checkpoint.pth")
+    save_file({"model": ema.state_dict(), "config": model_config(config)}, out_dir / "model.pth")
+
+
+def restore_run(
+    state: dict[str, Any], out_dir: Path, model: DiT, ema: DiT, optimizers: list[torch.optim.Optimizer]
+) -> list:
+    """Put a checkpoint's state into a fresh run; returns its progress: step, rows, loss_sum, loss_count, seconds."""
+    try:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            restore_optimizer(optimizer, saved, state["progress"][0])
+    except Exception as error:  # a file can lie in more ways than can be listed
+        raise UserError(f"{out_dir}/checkpoint.pth does not fit its config or the data: {reason_of(error)}") from error
+    then, now = state.get("made_with", {}), made_with(model)
+    for name in now:
+        if then.get(name, now[name]) != now[name]:
+            warn(f"the run was on {name} {then[name]}, now it is {now[name]}: sums may be rounded differently")
+    return state["progress"]
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], step: int) -> None:
     """Give a fresh optimizer the moments of a saved one; its settings stay the config's.
 
@@ -169,6 +213,28 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], s
             raise UserError(f"its optimizer has taken {moments['step']:.0f} steps, not {step}")
         state[index] = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in moments.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """The config and state of the checkpoint that train.py's flags name to go on from.
+
+    Raises:
+        UserError: if it is not there or a flag contradicts it.
+    """
+    chosen = {name: given[name] for name in ("preset", "out_dir") if name in given}
+    path = Config(**chosen).run_dir / "checkpoint.pth"
+    if not path.exists():
+        raise UserError(f"nothing to resume: {path} does not exist; leave out --resume, or name the run's --out-dir")
+    config, state = load_checkpoint(path)
+    free = FREE_ON_RESUME + (("train_steps",) if config.lr_decay == "constant" else ())
+    for name, value in given.items():
+        if name not in free and value not in (getattr(config, name), "auto"):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {value} differs from the run's {getattr(config, name)}; leave it out to resume")
+    if os.environ.get("DATA_DIR"):  # today's, unless a flag says otherwise, not that of then
+        config = config.replace(data_dir=None)
+    changes = {name: value for name, value in given.items() if name in free}
+    return config.replace(**{**changes, "out_dir": str(path.parent)}), state
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, Config]:
