@@ -5,7 +5,7 @@ animation (--gif), a grid (--num-samples) and arrays for evaluation (--num-sampl
 as the paper's own, need a VAE that decodes them (--vae).
 """
 
-from support.command_line import Parser, run_script, shown, start_quietly
+from support.command_line import Parser, parse_labels, run_script, shown, start_quietly
 
 if __name__ == "__main__":
     start_quietly()  # before the slow imports
@@ -90,21 +90,6 @@ def describe_sampling(config: Config) -> str:
     return (
         f"{config.sampler}, {config.sample_steps} steps, {guidance}: {network_evaluations(config)} network evaluations"
     )
-
-
-def parse_labels(text: str, num_classes: int) -> list[int]:
-    """[207, 360] from "207,360"; without a comma each character is a label where there are at most 10 classes."""
-    separate = "," in text or num_classes > 10
-    try:
-        labels = [int(label) for label in (text.removesuffix(",").split(",") if separate else text)]
-    except ValueError:
-        labels = []
-    if not labels:
-        raise UserError(f"labels {text!r}: give digits, such as 0123, or numbers with commas, such as 207,360")
-    for label in labels:
-        if not 0 <= label < num_classes:
-            raise UserError(f"label {label} is not one of the model's {num_classes} classes, 0 to {num_classes - 1}")
-    return labels
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -66,6 +66,21 @@ class Parser(argparse.ArgumentParser):
         return given
 
 
+def parse_labels(text: str, num_classes: int) -> list[int]:
+    """[207, 360] from "207,360"; without a comma each character is a label where there are at most 10 classes."""
+    separate = "," in text or num_classes > 10
+    try:
+        labels = [int(label) for label in (text.removesuffix(",").split(",") if separate else text)]
+    except ValueError:
+        labels = []
+    if not labels:
+        raise UserError(f"labels {text!r}: give digits, such as 0123, or numbers with commas, such as 207,360")
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise UserError(f"label {label} is not one of the model's {num_classes} classes, 0 to {num_classes - 1}")
+    return labels
+
+
 def one_line(message: str) -> str:
     """The message with its line breaks made visible: a path may hold some."""
     return message.replace("\n", "\\n").replace("\r", "\\r")
