@@ -161,3 +161,13 @@ def test_a_disk_that_fills_up_midway_is_an_error_too(model_file, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert model_file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [model_file]
+
+
+def test_a_seed_that_older_versions_allowed_still_loads(model_file):
+    """CPU generators keep 32 bits of a seed: the rest, which is now refused, changed nothing."""
+    content = load_file(model_file)
+    content["config"]["seed"] = 2**32 + 5
+    save_file(content, model_file)
+    seed = load_model(model_file)[1].seed
+    assert seed == 5
+    assert torch.equal(*(torch.randn(9, generator=torch.Generator().manual_seed(s)) for s in (5, 2**32 + 5)))
