@@ -19,6 +19,7 @@ from diffusion import (
     guided,
 )
 from dit import DiT
+from support.checkpoint import BLOCKS, PROCESSES
 from variants.flow_matching import PREDICTIONS as FLOW_PREDICTIONS
 from variants.flow_matching import FlowMatching
 
@@ -255,6 +256,7 @@ def test_config_names_what_the_process_has():
     assert fields["time_sampling"] == TIME_SAMPLINGS
     assert config.SAMPLERS == {"diffusion": Diffusion.samplers, "flow_matching": FlowMatching.samplers}
     assert config.PREDICTIONS == {"diffusion": PREDICTIONS, "flow_matching": FLOW_PREDICTIONS}
+    assert tuple(BLOCKS) == config.BLOCKS and tuple(PROCESSES) == tuple(config.SAMPLERS)
     for wrong in (dict(schedule="sigmoid"), dict(prediction="epsilon"), dict(loss="huber"), dict(time_sampling="beta")):
         with pytest.raises(ValueError, match=f"{next(iter(wrong.values()))!r} is not one of"):
             Diffusion(**wrong)

@@ -204,7 +204,7 @@ def test_without_a_label_guidance_of_0_is_the_null_class_all_the_way(model_file,
     assert (unconditional != pixels("c.npz", "--cfg-scale", 1, "--labels", "1,2,3", *interval)).any()
     model, config = load_model(model_file)
     null = torch.full((3,), config.num_classes)
-    x = draw_images(model, config.replace(cfg_scale=1.0), null, torch.Generator().manual_seed(config.seed))
+    x = inference.draw_images(model, config.replace(cfg_scale=1.0), null, torch.Generator().manual_seed(config.seed))
     assert (np.abs(unconditional.astype(int) - denormalize(x).permute(0, 2, 3, 1).numpy()) <= 1).all()
 
 
