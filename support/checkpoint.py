@@ -71,6 +71,8 @@ def build_process(config: Config) -> Diffusion | FlowMatching:
 def read_config(values: Any, path: str | Path, needed: Iterable[str] = OF_EVERY_FILE) -> Config:
     """A Config from what a file says of it, or UserError naming the file; the fields needed have to be there."""
     try:
+        if not isinstance(values, dict):
+            raise TypeError("it is no dict")
         for name in needed:
             values[name]
         if isinstance(values.get("seed"), int):
@@ -82,6 +84,8 @@ def read_config(values: Any, path: str | Path, needed: Iterable[str] = OF_EVERY_
 
 def check_state(state: dict[str, Tensor], config: Config) -> DiT:
     """An empty model of a config's sizes; UserError unless the state dict fits it, name by name, and is finite."""
+    if not isinstance(state, dict):
+        raise UserError("its weights are no state dict")
     for name, value in sizes_of(state).items():
         if getattr(config, name) != value:
             raise UserError(f"its weights have {name} {value}, but its config says {getattr(config, name)}")

@@ -142,12 +142,17 @@ def read_file(path: str | Path, missing: str = "name a file of weights") -> tupl
         raise
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; {missing}") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
     except Exception as error:  # random bytes can fail in any way inside the reader
-        if is_memory_error(error) and intact:  # a size with a flipped bit asks for too much as well
-            raise
+        if intact and is_trouble(error):  # what is damaged may ask for too much memory as well
+            if is_memory_error(error):
+                raise
+            raise UserError(f"{path} cannot be read ({error.strerror})") from error
         raise DamagedFile(f"{path} is damaged or not a file of weights ({type(error).__name__})") from error
+
+
+def is_trouble(error: Exception) -> bool:
+    """Whether memory, permission or the disk is at fault, not what was read: that may say to seek where nothing is."""
+    return is_memory_error(error) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL))
 
 
 def checksums_fit(path: str | Path) -> bool:
@@ -157,10 +162,10 @@ def checksums_fit(path: str | Path) -> bool:
             return True
         try:
             archive = zipfile.ZipFile(file)
-            # What is marked as a folder (0x10) torch does not read, and takes for zeros.
+            # What is marked as a folder (0x10) torch does not read: the tensor is what was in memory before.
             return archive.testzip() is None and not any(part.external_attr & 0x10 for part in archive.infolist())
-        except Exception as error:  # damage shows in many ways, one of them a seek to nowhere
-            if is_memory_error(error) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+        except Exception as error:  # damage shows in many ways
+            if is_trouble(error):
                 raise
             return False
 
