@@ -26,12 +26,12 @@ from config import Config, preset
 from dataset import load_dataset, normalize
 from diffusion import Diffusion
 from inference import denoise
-from support.checkpoint import build_model, build_process, check_size, diverged, restore_run, resumed, save_run
-from support.errors import UserError
+from support.checkpoint import build_model, build_process, check_size
 from support.files import locked
 from support.machine import choose_compile, choose_device, choose_precision, compile_network, deferred_signals
 from support.pictures import save_loss_plot, save_png
 from support.run_log import RunLog, print_summary
+from support.run_state import diverged, refuse_trained, restore_run, resumed, save_run
 
 
 def learning_rate_at(step: int, config: Config) -> float:
@@ -98,9 +98,8 @@ def save_samples(path: Path, ema: nn.Module, config: Config, device: torch.devic
 def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     """Train until config.train_steps, from scratch or on from a checkpoint's state; returns the run's folder."""
     out_dir = config.run_dir
-    for name in ("checkpoint.pth", "model.pth"):
-        if not state and (out_dir / name).exists():
-            raise UserError(f"{out_dir / name} is there already; go on with --resume, or give another --out-dir")
+    if not state:
+        refuse_trained(out_dir)
     device = choose_device(config.device)
     data = load_dataset(config.dataset, config.data_folder, image_size=config.image_size)
     config = config.replace(

@@ -17,9 +17,10 @@ from pathlib import Path
 from benchmark import count_gflops
 from config import Config, preset
 from docs.quality import scorer
-from support.checkpoint import load_model, resumed
+from support.checkpoint import load_model
 from support.command_line import run_script
 from support.errors import UserError
+from support.run_state import resumed
 from train import train
 
 CSV = Path("docs/paper.csv")

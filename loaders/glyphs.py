@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from support.errors import UserError
+from support.errors import DamagedFile, UserError
 from support.files import load_file, save_file
 
 GLYPH_FONTS = (
@@ -80,15 +80,19 @@ def load_glyphs(data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
     """The offline stand-in for MNIST: 60,000 + 10,000 digits drawn from matplotlib's fonts, cached in data_dir.
 
     Raises:
-        UserError: if the cached file is damaged, naming it.
+        UserError: if the cached file is damaged, or cannot be read.
     """
     path = Path(data_dir) / "glyphs" / ("train.pth" if train else "test.pth")
     if path.exists():
         try:
-            images, labels = load_file(path)
+            content = load_file(path)
+        except DamagedFile as error:
+            raise UserError(f"{error}; delete it to have the glyphs drawn anew") from error
+        try:
+            images, labels = content
             return images.view(-1, 1, 28, 28), labels.view(len(images))
-        except Exception as error:
-            raise UserError(f"{path} is damaged; delete it to have the glyphs drawn anew") from error
+        except Exception as error:  # a file can hold anything
+            raise UserError(f"{path} holds no glyphs; delete it to have them drawn anew") from error
     images, labels = draw_glyphs(60_000, seed=0) if train else draw_glyphs(10_000, seed=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,9 @@ own checksums are compared with its contents, for a tensor with a flipped bit lo
 
 import argparse
 import contextlib
+import errno
 import os
-import pickle
+import stat
 import sys
 import warnings
 import zipfile
@@ -29,7 +30,7 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
         UserError: if it cannot be written (disk full, no permission); what was there before is intact.
     """
     target = os.path.realpath(path)
-    temporary = f"{target}.tmp"
+    temporary = f"{target}.{os.getpid()}.tmp"  # not that of another process, which may write the same file
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -68,9 +69,11 @@ def append_line(path: str | Path, line: str) -> None:
 
 def check_path(flag: str, path: str, suffix: str) -> None:
     """Refuse a file that could not be written, before the work rather than after it."""
-    folder = Path(path).absolute().parent
+    folder = Path(os.path.realpath(path)).parent  # a link stays one
     if Path(path).suffix != suffix:
         raise UserError(f"{flag} {path}: the file's name must end in {suffix}")
+    if os.path.isdir(path):
+        raise UserError(f"{flag} {path} is a folder; give the name of a file")
     if not folder.is_dir():
         raise UserError(f"{flag} {path}: its folder does not exist; create it first")
     if not os.access(folder, os.W_OK):
@@ -80,6 +83,8 @@ def check_path(flag: str, path: str, suffix: str) -> None:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep every other process that asks for the same lock out of a folder; the lock dies with this process.
+
+    What a run killed in the middle of a write has left there is cleared away.
 
     Raises:
         UserError: if another process has it.
@@ -92,6 +97,8 @@ def locked(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for scrap in folder.glob("*.pth.*tmp"):
+            scrap.unlink()
     except BlockingIOError as error:
         os.close(descriptor)
         raise UserError(f"{folder} is in use by another run; wait for its end, or give another --out-dir") from error
@@ -116,39 +123,51 @@ def read_file(path: str | Path, missing: str = "name a file of weights") -> tupl
         UserError: if it cannot be read, or holds more than plain data.
         MemoryError, RuntimeError: if memory is short.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"{path} {'is a folder' if os.path.isdir(path) else 'does not exist'}; {missing}")
+    intact = True
     try:
+        kind = os.stat(path).st_mode
+        if not stat.S_ISREG(kind):
+            raise UserError(f"{path} is {'a folder' if stat.S_ISDIR(kind) else 'no file'}; {missing}")
         with open(path, "rb"):
             pass
         if str(path).endswith(".safetensors"):
             return optional("safetensors.torch", str(path)).load_file(path), True
+        intact = checksums_fit(path)
         # facebookresearch/DiT's train.py keeps its flags in a Namespace, which is plain data too.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # of a foreign file's format: the errors below say it all
             content = torch.load(path, map_location="cpu", weights_only=True)
-        return content, checksums_fit(path)
+        return content, intact
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
-    except pickle.UnpicklingError as error:
-        raise DamagedFile(f"{path} is damaged or not a file of weights ({type(error).__name__})") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; {missing}") from error
     except Exception as error:  # random bytes can fail in any way inside the reader
-        if is_memory_error(error):
-            raise
+        if intact and is_trouble(error):  # what is damaged may ask for too much memory as well
+            if is_memory_error(error):
+                raise
+            raise UserError(f"{path} cannot be read ({error.strerror})") from error
         raise DamagedFile(f"{path} is damaged or not a file of weights ({type(error).__name__})") from error
+
+
+def is_trouble(error: Exception) -> bool:
+    """Whether memory, permission or the disk is at fault, not what was read: that may say to seek where nothing is."""
+    return is_memory_error(error) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL))
 
 
 def checksums_fit(path: str | Path) -> bool:
     """Whether a zip's contents are those that its checksums were made of; True for a file that is no zip."""
-    if not zipfile.is_zipfile(path):
-        return True
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError):
-        return False
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":  # how torch tells its older format, which has no checksums
+            return True
+        try:
+            archive = zipfile.ZipFile(file)
+            # What is marked as a folder (0x10) torch does not read: the tensor is what was in memory before.
+            return archive.testzip() is None and not any(part.external_attr & 0x10 for part in archive.infolist())
+        except Exception as error:  # damage shows in many ways
+            if is_trouble(error):
+                raise
+            return False
 
 
 def load_file(path: str | Path, missing: str = "name a file of weights") -> Any:

@@ -17,7 +17,8 @@ dit
 variants.*
 loaders.*
 dataset
-support.published support.autoencoder support.checkpoint support.classifier support.pictures support.run_log
+support.published support.autoencoder support.checkpoint support.classifier support.pictures
+support.run_state support.run_log
 inference
 train evaluate benchmark
 """.split()

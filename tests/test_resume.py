@@ -38,20 +38,19 @@ def steps_written(out_dir) -> int:
 
 def kill_once(command, out_dir, target, during_write) -> bool:
     """Start, or go on with, the run; SIGKILL it past the target step. True if that cut a checkpoint's write short."""
-    scraps = [out_dir / "checkpoint.pth.tmp", out_dir / "model.pth.tmp"]
-    for scrap in scraps:
-        scrap.unlink(missing_ok=True)
+    for scrap in out_dir.glob("*.tmp"):
+        scrap.unlink()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while steps_written(out_dir) < target or not (out_dir / "checkpoint.pth").exists():
         assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.002)
     if during_write:
-        while not any(scrap.exists() for scrap in scraps):
+        while not list(out_dir.glob("*.pth.*.tmp")):
             assert process.poll() is None, "the run ended before it was killed"
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert load_file(out_dir / "checkpoint.pth")["progress"][0] < STEPS  # inside the run
-    return any(scrap.exists() for scrap in scraps)
+    return bool(list(out_dir.glob("*.pth.*.tmp")))
 
 
 def check_kills(tmp_path, glyphs_dir, kills, in_writes):

@@ -14,7 +14,7 @@ from config import Config, preset
 from diffusion import Diffusion
 from dit import DiT
 from inference import denoise
-from support import checkpoint, machine
+from support import machine, run_state
 from support.checkpoint import BLOCKS, load_model
 from support.errors import UserError
 from support.files import load_file
@@ -159,8 +159,8 @@ def test_a_resumed_run_ends_with_the_same_bits(optimizer, tmp_path, monkeypatch)
         if len(saved) == 7:  # step 21, in the middle of a row; its model.pth is not written
             raise KeyboardInterrupt
 
-    save = checkpoint.save_file
-    monkeypatch.setattr(checkpoint, "save_file", save_and_die)
+    save = run_state.save_file
+    monkeypatch.setattr(run_state, "save_file", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "cut", *flags)
     assert load_file(tmp_path / "cut" / "checkpoint.pth")["progress"][0] == 21
