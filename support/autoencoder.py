@@ -28,9 +28,7 @@ def load_vae(folder: str | None, config: Config, device: str | torch.device = "c
             raise UserError(f"--vae {folder}: the checkpoint draws pixels; leave it out")
         return None
     if not folder and config.in_channels in (1, 3):
-        warn(
-            f"the checkpoint's channels, {config.in_channels}, are taken for those of pixels; of latents, add --vae DIR"
-        )
+        warn(f"{config.in_channels} channels are taken for those of pixels; if they are latents', add --vae DIR")
         return None
     what = (
         "the folder of an AutoencoderKL, such as a download of huggingface.co/stabilityai/sd-vae-ft-ema: "

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from config import PAPER_MODELS, SIZES, Config, preset
 from dit import DiT, LabelEmbedder, sincos_pos_embed
 from support.command_line import Parser, run_script, shown
-from support.errors import UserError
-from support.files import load_file, save_file, warn, writing
+from support.errors import UserError, optional
+from support.files import load_file, warn, writing
 from time_emb import TimestepEmbedder, timestep_embedding
 
 # Whose network it is, for a file that does not tell: the paper's (in whatever format), SiT's, one trained in diffusers.
@@ -210,6 +210,9 @@ def told_by_config(path: str | Path) -> dict[str, Any]:
             raise UserError(f"{beside} says {name} {values[name]!r}; of a DiT it is {known[0]!r}")
     names = {"num_attention_heads": "num_heads", "num_layers": "depth", "sample_size": "image_size"}
     names |= {"num_embeds_ada_norm": "num_classes"} | {name: name for name in ("in_channels", "patch_size", "norm_eps")}
+    for name in (*names, "attention_head_dim"):
+        if not isinstance(values.get(name, 0), (int, float)):
+            raise UserError(f"{beside} says {name} {values[name]!r}; it must be a number")
     told = {ours: values[theirs] for theirs, ours in names.items() if theirs in values}
     if {"num_attention_heads", "attention_head_dim"} <= values.keys():
         told["hidden_size"] = values["num_attention_heads"] * values["attention_head_dim"]
@@ -221,8 +224,8 @@ def negated_first_half(state: dict[str, Tensor]) -> dict[str, Tensor]:
     _, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     changed = dict(state)
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        rows = state[name].unflatten(0, (patch_size**2, -1))  # a patch is in (row, column, channel) order
-        changed[name] = -rows[:, :in_channels].flatten(0, 1)
+        rows = -state[name].unflatten(0, (patch_size**2, -1))  # a patch is in (row, column, channel) order
+        changed[name] = (rows[:, :in_channels] if rows.shape[1] == 2 * in_channels else rows).flatten(0, 1)
     return changed
 
 
@@ -311,10 +314,13 @@ def read_published(content: Any, path: str | Path, published: str | None = None)
 
     sizes["num_heads"] = known.get("num_heads") or PAPER_MODELS[rows[0]]["num_heads"]
     sizes |= {"clip_x0": False, "cfg_scale": 4.0 if known["null_class"] else 1.0}
-    if known["published"] == "sit":
-        config = Config(preset="flow", **sizes, **SIT_SAMPLING)
-    else:
-        config = preset(rows[0] if rows else "DiT-XL/2", **sizes)
+    try:
+        if known["published"] == "sit":
+            config = Config(preset="flow", **sizes, **SIT_SAMPLING)
+        else:
+            config = preset(rows[0] if rows else "DiT-XL/2", **sizes)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return Published(config, state, parts_of(config, known))
 
 
@@ -349,6 +355,7 @@ def export(model_path: str | Path, folder: str | Path) -> None:
     Raises:
         UserError: if the file is no model.pth of adaLN-Zero blocks, or the folder cannot be written.
     """
+    safetensors = optional("safetensors.torch", "the export to diffusers")
     content = load_file(model_path, "name a model.pth of train.py")
     try:
         state, heads = content["model"], content["config"]["num_heads"]
@@ -372,7 +379,8 @@ def export(model_path: str | Path, folder: str | Path) -> None:
         "norm_eps": 1e-6,
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(to_diffusers(state), Path(folder) / f"{WEIGHTS}.bin")
+    with writing(Path(folder) / f"{WEIGHTS}.safetensors") as file:  # a format in which no two tensors share memory
+        file.write(safetensors.save({name: tensor.clone() for name, tensor in to_diffusers(state).items()}))
     with writing(Path(folder) / "config.json") as file:
         file.write(json.dumps(values, indent=1).encode())
 
