@@ -48,10 +48,12 @@ def load_vae(folder: str | None, config: Config, device: str | torch.device = "c
         safe = any(Path(folder).glob("*.safetensors"))  # given, as is low_cpu_mem_usage, to silence diffusers' advice
         options = dict(local_files_only=True, use_safetensors=safe, low_cpu_mem_usage=False, output_loading_info=True)
         vae, loaded = AutoencoderKL.from_pretrained(folder, **options)
-        if loaded["missing_keys"] or loaded["mismatched_keys"]:  # diffusers draws random ones, and goes on
-            raise ValueError("weights are missing")
+        lacks = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
+        if lacks:  # diffusers draws them at random, and goes on
+            raise ValueError(f"it lacks {lacks[0]}")
     except Exception as error:  # diffusers and what it reads with fail in many ways
-        raise UserError(f"--vae {folder} holds no AutoencoderKL ({type(error).__name__}); name {what}") from error
+        why = error if isinstance(error, ValueError) and "\n" not in str(error) else type(error).__name__
+        raise UserError(f"--vae {folder} holds no AutoencoderKL ({why}); name {what}") from error
     if vae.config.latent_channels != config.in_channels:
         channels = vae.config.latent_channels
         raise UserError(f"--vae {folder} decodes {channels} channels; the checkpoint draws {config.in_channels}")
