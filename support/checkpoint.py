@@ -17,7 +17,7 @@ from config import Config
 from diffusion import Diffusion
 from dit import DiT
 from dit_block import DiTBlock
-from support.errors import UserError
+from support.errors import UserError, is_memory_error
 from support.files import load_file, read_file, warn
 from support.machine import check_memory
 from support.published import DOWNLOADS, read_published, reason_of, sizes_of, weights_of
@@ -206,5 +206,7 @@ def load_model(
             model.set_submodule(name, part)
         model.to_empty(device=device).load_state_dict(state)
     except Exception as error:  # a file can lie in more ways than can be listed
+        if is_memory_error(error):
+            raise
         raise UserError(f"{path} holds no usable model: {reason_of(error)}") from error
     return model.eval(), config

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from config import PAPER_MODELS, SIZES, Config, preset
 from dit import DiT, LabelEmbedder, sincos_pos_embed
 from support.command_line import Parser, run_script, shown
-from support.errors import UserError, optional
+from support.errors import UserError, is_memory_error, optional
 from support.files import load_file, warn, writing
 from time_emb import TimestepEmbedder, timestep_embedding
 
@@ -182,9 +182,13 @@ def told_by_args(args: Any) -> dict[str, Any]:
     family, _, size = str(args.get("model", "")).partition("-")
     if family in ("DiT", "SiT"):
         told |= {"published": family.lower()} | PAPER_MODELS.get(f"DiT-{size}", {})
-    for name, only in (("path_type", "Linear"), ("prediction", "velocity")):
-        if family == "SiT" and args.get(name, only) != only:
-            raise UserError(f"it is a SiT of {name} {args[name]!r}; only {only} can be read")
+    elif family:
+        told["family"] = args["model"]
+    if "path_type" in args:  # a flag of SiT's train.py alone, whatever its network is called
+        told["published"] = "sit"
+        for name, only in (("path_type", "Linear"), ("prediction", "velocity")):
+            if args.get(name, only) != only:
+                raise UserError(f"it is a SiT of {name} {args[name]!r}; only {only} can be read")
     return told
 
 
@@ -246,13 +250,15 @@ def understand(content: Any, path: str | Path, published: str | None) -> tuple[d
             known[name] = value
             assumed.append(words)
 
-    wrapped = [content[name] for name in ("ema", "model") if name in content]
+    wrapped = [content[name] for name in ("ema", "model", "state_dict") if name in content]
     if wrapped and "ema" not in content:
         assumed.append("that its weights are wanted, for it holds no average of them")
     state = {PREFIXES.sub("", name): tensor for name, tensor in (wrapped or [content])[0].items()}
     known |= told_by_args(content.get("args"))
     if published and known.setdefault("published", published) != published:
         raise UserError(f"its args say that it is {known['published']}; leave out --published {published}")
+    if "family" in known and "published" not in known:
+        raise UserError(f"its args name a {known['family']}; if that is a DiT or a SiT, say which with --published")
     other = "--published sit for SiT's, whose files look alike"
     if "pos_embed.proj.weight" in state:
         other = "--published diffusers for one trained in diffusers"
@@ -284,19 +290,23 @@ def read_published(content: Any, path: str | Path, published: str | None = None)
         UserError: if it is in no format known here, or contradicts itself or `published`, or if nothing tells its
             number of heads and its sizes are not in the paper's table.
     """
+    if published not in (None, *PUBLISHED):
+        raise UserError(f"published {published!r} is not one of {', '.join(PUBLISHED)}")
     try:
         state, known, assumed = understand(content, path, published)
         sizes = sizes_of(state)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # a file can hold anything
+        if is_memory_error(error):
+            raise
         why = reason_of(error) if isinstance(content, dict) else "it holds no state dict"
         raise UserError(
             f'{path} is neither a Pocket DiT model (it lacks "model" and "config") nor published weights ({why})'
         ) from error
-    for name in sizes.keys() & known.keys():
-        if sizes[name] != known[name]:
-            raise UserError(f"{path}: its weights have {name} {sizes[name]}, but it is said to be {known[name]}")
+    for name, value in sizes.items():
+        if known.get(name, value) != value:
+            raise UserError(f"{path}: its weights have {name} {value}, but it is said to be {known[name]}")
     rows = [name for name, row in PAPER_MODELS.items() if all(sizes.get(k, value) == value for k, value in row.items())]
     if not rows and "num_heads" not in known:
         table = ", ".join(f"{size} {width} and {depth}" for size, (depth, width, _) in SIZES.items())
@@ -357,7 +367,9 @@ def export(model_path: str | Path, folder: str | Path) -> None:
     safetensors = optional("safetensors.torch", "the export to diffusers")
     content = load_file(model_path, "name a model.pth of train.py")
     try:
-        state, heads = content["model"], content["config"]["num_heads"]
+        state, heads = content.get("ema", content["model"]), content["config"]["num_heads"]
+        if not all(tensor.isfinite().all() for tensor in state.values()):
+            raise ValueError("it has values that are not finite numbers")
         sizes = sizes_of(state)
         with torch.device("meta"):
             DiT(**sizes, num_heads=heads).load_state_dict(state, assign=True)

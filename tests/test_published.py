@@ -9,8 +9,10 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, random_dit, run
+from conftest import ROOT, random_dit
 
+import evaluate
+import inference
 from benchmark import diffusers_dit, relative_error
 from config import PAPER_MODELS, PRESETS, Config
 from dit import sincos_pos_embed
@@ -18,7 +20,7 @@ from inference import denoise
 from support.checkpoint import load_model, model_config
 from support.errors import UserError
 from support.files import save_file
-from support.published import WEIGHTS, export
+from support.published import WEIGHTS, export, main
 
 SMALL = dict(patch_size=4, hidden_size=64, depth=2, num_heads=4)
 SIZES = dict(image_size=8, in_channels=4, num_classes=5, learn_sigma=True, **SMALL)
@@ -221,6 +223,7 @@ def test_a_sit_without_the_unused_channels_is_the_same(tmp_path):
     [
         (dict(path_type="GVP"), "path_type 'GVP'; only Linear"),
         (dict(path_type="linear", prediction="v"), "path_type 'linear'"),  # of a project whose time runs the other way
+        (dict(model="DiT-S/8", path_type="VP"), "path_type 'VP'"),
         (dict(prediction="score"), "prediction 'score'; only velocity"),
         (dict(model="SiT-B/8"), "but it is said to be"),
         (dict(num_classes=7), "num_classes 5, but it is said to be 7"),
@@ -236,13 +239,57 @@ def test_a_flag_against_the_args_is_refused(model, published, ours, tmp_path):
     assert_refused(path, f"its args say that it is {model[:3].lower()}; leave out", published=published)
 
 
+def test_a_model_of_another_name_is_not_taken_for_a_dit(ours, tmp_path):
+    args = dict(model="MaskDiT-S/8", num_classes=5)
+    path = write(in_training(ours.state_dict(), **args), tmp_path)
+    assert_refused(path, "its args name a MaskDiT-S/8; if that is a DiT or a SiT, say which with --published")
+    assert load_model(path, published="dit")[1].prediction == "noise"
+    with pytest.raises(UserError, match="published 'mask' is not one of dit, sit, diffusers"):
+        load_model(path, published="mask")
+
+
+def test_too_little_memory_is_not_the_files_fault(ours, tmp_path, monkeypatch):
+    def no_memory(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes")
+
+    path = write(in_training(ours.state_dict(), model="DiT-S/8", num_classes=5), tmp_path)
+    for place in ("dit.DiT.to_empty", "support.published.sizes_of"):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="allocate memory"):
+            patch.setattr(place, no_memory)
+            load_model(path)
+
+
 def test_the_flag_is_refused_where_it_would_change_nothing(tmp_path):
     config = Config(image_size=28, patch_size=4, hidden_size=32, depth=2, num_heads=2)
     save_file({"model": random_dit().state_dict(), "config": model_config(config)}, tmp_path / "model.pth")
     assert_refused(tmp_path / "model.pth", "--published sit would change nothing", published="sit")
-    for script in ("inference.py", "evaluate.py"):
-        result = run(script, "--published", "dit")
-        assert_one_line_error(result, "--published dit would change nothing", "model.pth says what it is")
+    for flags in ([], ["--bits-per-dim", "2"]):
+        with pytest.raises(UserError, match="--published dit would change nothing: .*model.pth says what it is"):
+            evaluate.main(["--published", "dit", *flags])
+    with pytest.raises(UserError, match="--published dit would change nothing: .*model.pth says what it is"):
+        inference.main(["--published", "dit", "--output", str(tmp_path / "a.png")])
+    with pytest.raises(UserError, match="--published would change nothing with the images of --npz"):
+        evaluate.main(["--published", "dit", "--npz", "a.npz"])
+
+
+@pytest.mark.parametrize("published", ["dit", "sit"])
+def test_the_flag_of_inference_decides_how_raw_weights_are_drawn(published, tmp_path, vae_dir, capsys):
+    path = write(sit().state_dict(), tmp_path)
+    flags = [
+        "--published",
+        published,
+        "--vae",
+        str(vae_dir),
+        "--device",
+        "cpu",
+        "--sample-steps",
+        "2",
+        "--labels",
+        "01",
+    ]
+    inference.main(["--checkpoint", str(path), *flags, "--output", str(tmp_path / "a.png")])
+    sampler = {"dit": "ddpm, 2 steps, guidance 4.0: 4", "sit": "heun, 2 steps, guidance 4.0: 6"}[published]
+    assert f"2 images by {sampler} network evaluations" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("args", [dict(num_classes=6), dict(class_dropout_prob=0.0)])
@@ -437,17 +484,38 @@ def test_an_exported_model_computes_the_same_in_diffusers(learn_sigma, theirs, t
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-def test_the_command_exports_and_refuses_what_is_no_model(tmp_path):
-    config = Config(image_size=28, patch_size=4, hidden_size=32, depth=2, num_heads=2, block="adaLN")
-    save_file({"model": random_dit(block="adaLN").state_dict(), "config": model_config(config)}, tmp_path / "a.pth")
+def test_of_a_runs_checkpoint_the_average_is_exported(tmp_path):
+    state, config = random_dit(**SIZES).state_dict(), model_config(Config(**SIZES))
+    raw = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    save_file({"model": raw, "ema": state, "config": config}, tmp_path / "checkpoint.pth")
+    export(tmp_path / "checkpoint.pth", tmp_path / "folder")
+    assert torch.equal(load_model(tmp_path / "folder")[0].x_embedder.proj.weight, state["x_embedder.proj.weight"])
 
-    def command(*arguments):
-        line = [sys.executable, "-m", "support.published", *map(str, arguments)]
-        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
 
-    result = command(tmp_path / "a.pth", tmp_path / "folder")
-    assert_one_line_error(result, "a.pth holds no DiT with adaLN-Zero blocks")
-    assert not (tmp_path / "folder").exists()
-    result = command(ROOT / "model.pth", tmp_path / "folder")
+def test_what_is_no_model_is_not_exported(tmp_path):
+    sizes = dict(image_size=28, patch_size=4, hidden_size=32, depth=2, num_heads=2)
+    config = model_config(Config(**sizes))
+    state = random_dit(block="adaLN").state_dict()
+    finite = random_dit().state_dict()
+    for content in (
+        {"model": state, "config": config},
+        {"model": finite},
+        {"model": finite, "config": config | {"num_heads": 0}},
+        {"model": without(finite, "pos_embed"), "config": config},
+        {"model": finite | {"pos_embed": torch.full((1, 49, 32), torch.inf)}, "config": config},
+        [1],
+    ):
+        save_file(content, tmp_path / "a.pth")
+        with pytest.raises(UserError, match="a.pth holds no DiT with adaLN-Zero blocks"):
+            main([str(tmp_path / "a.pth"), str(tmp_path / "folder")])
+        assert not (tmp_path / "folder").exists()
+
+
+def test_the_command_exports_the_shipped_model(tmp_path):
+    line = [sys.executable, "-m", "support.published", "model.pth", str(tmp_path / "folder")]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert {path.name for path in (tmp_path / "folder").iterdir()} == {"config.json", f"{WEIGHTS}.safetensors"}
+    ours, theirs = (load_model(path)[0] for path in (ROOT / "model.pth", tmp_path / "folder"))
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name
