@@ -40,6 +40,7 @@ from support.classifier import HELD_OUT, Classifier, judge_of
 from support.errors import UserError, check_limits, is_memory_error
 from support.files import check_path, warn, writing
 from support.machine import choose_device
+from support.published import PUBLISHED
 from variants.learned_variance import bits_per_dim
 
 
@@ -174,7 +175,7 @@ def report_bits(given: dict, data_dir: Path) -> dict:
     """The bound's mean over the first given["bits_per_dim"] test images, and its standard error."""
     count, checkpoint = given.pop("bits_per_dim"), given.pop("checkpoint", ROOT / "model.pth")
     device = choose_device(given.pop("device", "auto"))
-    model, config = load_model(checkpoint, device)
+    model, config = load_model(checkpoint, device, given.pop("published", None))
     name, seed = given.pop("dataset", config.dataset), given.pop("seed", config.seed)
     refuse_others(given, "--bits-per-dim")
     process = build_process(config)
@@ -228,6 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_fields("data_dir")
     parser.add_fields(*SAMPLING, "seed", default="the checkpoint's", title="sampling")
     parser.add_fields("device", title="machine")
+    parser.group("network").add_argument("--published", choices=PUBLISHED, help="whose weights, if a file cannot tell")
     given = vars(parser.parse_args(argv))
     json_path, data_dir = given.pop("json", None), Config(data_dir=given.pop("data_dir", None)).data_folder
     if json_path:
@@ -246,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         checkpoint, num_samples = given.pop("checkpoint", ROOT / "model.pth"), given.pop("num_samples", HELD_OUT)
         seeds, device = given.pop("seeds", 1), choose_device(given.pop("device", "auto"))
-        model, config = load_model(checkpoint, device)
+        model, config = load_model(checkpoint, device, given.pop("published", None))
         config = config.replace(**given)
         name = config.dataset
         check_limits("seed + seeds", config.seed + seeds, most=2**32)  # as Config limits a seed
