@@ -35,6 +35,9 @@ PROCESSES = {"diffusion": Diffusion, "flow_matching": FlowMatching}
 # The fields that every version has written, and that no default can stand for.
 OF_EVERY_FILE = "image_size patch_size in_channels hidden_size depth num_heads num_classes".split()
 OF_EVERY_FILE += ["process", "prediction", "schedule"]
+# What runs did before there was a field to say so, for files of that time.
+BEFORE = dict(block="adaLN-Zero", learn_sigma=False, clip_x0=True, time_sampling="uniform", time_mean=0.0)
+BEFORE |= dict(optimizer="adamw", cfg_low=0.0, cfg_high=1.0, accumulation_steps=1, activation_checkpointing=False)
 OF_THE_MACHINE = ("data_dir", "out_dir", "device")
 
 
@@ -75,6 +78,7 @@ def read_config(values: Any, path: str | Path, needed: Iterable[str] = OF_EVERY_
             raise TypeError("it is no dict")
         for name in needed:
             values[name]
+        values = {**BEFORE, **values}
         if isinstance(values.get("seed"), int):
             values = {**values, "seed": values["seed"] % 2**32}  # larger ones, once allowed, drew the same numbers
         return Config(**values)

@@ -9,7 +9,7 @@ from conftest import random_dit
 
 from config import Config
 from support import files
-from support.checkpoint import load_model, model_config
+from support.checkpoint import BEFORE, load_model, model_config
 from support.errors import UserError
 from support.files import load_file, save_file
 
@@ -183,3 +183,14 @@ def test_a_seed_that_older_versions_allowed_still_loads(model_file):
     seed = load_model(model_file)[1].seed
     assert seed == 5
     assert torch.equal(*(torch.randn(9, generator=torch.Generator().manual_seed(s)) for s in (5, 2**32 + 5)))
+
+
+def test_a_file_older_than_a_field_means_what_runs_did_then(model_file):
+    """Before there was an interval, guidance was throughout; before there was a choice, t was uniform."""
+    content = load_file(model_file)
+    for name in BEFORE:
+        del content["config"][name]
+    save_file(content, model_file)
+    config = load_model(model_file)[1]
+    assert (config.cfg_low, config.cfg_high, config.time_sampling) == (0.0, 1.0, "uniform")
+    assert (config.block, config.clip_x0, config.learn_sigma) == ("adaLN-Zero", True, False)
