@@ -10,9 +10,10 @@ from test_train import TINY, assert_same, blobs, fit  # noqa: F401  blobs is a f
 import train
 from config import Config
 from support import checkpoint, run_state
+from support.checkpoint import BEFORE
 from support.errors import UserError
 from support.files import load_file, save_file
-from support.run_state import ADDED, check_progress, load_checkpoint
+from support.run_state import check_progress, load_checkpoint
 
 STEPS = 7
 FIELDS = [name for name in vars(Config()) if name not in checkpoint.OF_THE_MACHINE]
@@ -66,7 +67,7 @@ def test_unaltered_it_goes_on_to_the_same_bits_and_so_without_what_newer_version
 
     def as_older_versions(state):
         del state["made_with"]
-        for name in (*ADDED, *checkpoint.OF_THE_MACHINE):
+        for name in (*BEFORE, *checkpoint.OF_THE_MACHINE):
             del state["config"][name]
 
     def other_settings(state):
@@ -129,7 +130,7 @@ def test_each_field_of_the_config_is_checked(run_dir, monkeypatch):
 
     table = {}
     for name in FIELDS:
-        if name not in ADDED:
+        if name not in BEFORE:
             table[f"no {name}"] = (without("config", name), f"holds no usable config (it lacks '{name}')")
         table[f"{name} of a type"] = (changed("config", name, value=[1]), f"holds no usable config ({name} [1] is not")
     for name in checkpoint.OF_EVERY_FILE[:7]:
