@@ -365,7 +365,7 @@ def main(argv: list[str] | None = None) -> None:
     basics = parser.group("basics")
     basics.add_argument("--models", metavar="NAMES", help="digits or the paper's, with commas (default: by device)")
     basics.add_argument("--modes", metavar="NAMES", help="forward, training (default: forward,training)")
-    parser.add_number("--batch-size", "images (default: by tokens, so by model)", "basics", most=2**20)
+    parser.add_number("--batch-size", "images at a time (default: by the model's tokens)", "basics", most=2**20)
     parser.add_number("--repeats", "rounds of timing (default: 5)", "basics", most=10**6)
     basics.add_argument("--compile", choices=("on", "off"), help="time the networks compiled too (default: on)")
     basics.add_argument("--json", metavar="FILE", help="write all figures there too")

@@ -191,9 +191,15 @@ def main(argv: list[str] | None = None) -> None:
     basics = parser.group("basics")
     basics.add_argument("--checkpoint", metavar="FILE", help="weights (default: the repository's model.pth)")
     basics.add_argument("--npz", metavar="FILE", help="measure these images instead of drawing some")
-    parser.add_number("--num-samples", "images (default: 10000)", "basics", least=100, most=HELD_OUT)
-    parser.add_number("--seeds", "sampling seeds to draw with (default: 1)", "basics", most=1000)
-    parser.add_number("--bits-per-dim", "the bound for this many test images, alone", "basics", least=2)
+    parser.add_number(
+        "--num-samples",
+        "images to draw, and real ones beside them (default: 10000)",
+        "basics",
+        least=100,
+        most=HELD_OUT,
+    )
+    parser.add_number("--seeds", "draw so many times, from so many seeds (default: 1)", "basics", most=1000)
+    parser.add_number("--bits-per-dim", "instead, the variational bound for so many test images", "basics", least=2)
     basics.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_fields("dataset", default="the checkpoint's, or mnist for an .npz")
     parser.add_fields("data_dir")

@@ -4,7 +4,7 @@ Every step draws images, labels, timesteps and noise from a generator seeded by 
 checkpoint holds all the rest; so a run that is cut off anywhere and resumed ends with the same bits.
 """
 
-from support.command_line import Parser, command, run_script, shown, start_quietly
+from support.command_line import Parser, command, run_script, start_quietly
 
 if __name__ == "__main__":
     start_quietly()  # before the slow imports
@@ -175,15 +175,15 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
 
     save_loss_plot(out_dir / "loss.png", log.rows)
     if step < config.train_steps:
-        print(f"stopped at step {step:,}; to go on: {command('train.py', '--resume', '--out-dir', shown(out_dir))}")
+        print(f"stopped at step {step:,}; to go on: {command('train.py', '--resume', '--out-dir', out_dir)}")
         sys.exit(128 + signals[0])
     save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, device)
-    print(f"done; to see digits: {command('inference.py', '--checkpoint', shown(out_dir / 'model.pth'))}")
+    print(f"done; to see digits: {command('inference.py', '--checkpoint', out_dir / 'model.pth')}")
     return out_dir
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("Train a DiT on digits.")
+    parser = Parser("Train a DiT on digits. Defaults are those of preset digits.")
     parser.add_fields(*(f.name for f in dataclasses.fields(Config) if f.name not in ("in_channels", "num_classes")))
     resume_help = "go on from the checkpoint in --out-dir, exactly"
     parser.group("basics").add_argument("--resume", action="store_true", help=resume_help)
