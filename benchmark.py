@@ -16,10 +16,10 @@ bf16 means autocast, for both; the weights stay fp32. "Compiled" is torch.compil
 in a fixed order (torch.use_deterministic_algorithms), which costs time on a GPU; here both networks go without.
 """
 
-from support.command_line import Parser, run_script, start_quietly
+from support.start import start_quietly
 
-if __name__ == "__main__":
-    start_quietly()  # before the slow imports
+if __name__ in ("__main__", "__mp_main__"):  # the latter in the processes that measure memory
+    start_quietly()  # before all else is imported
 
 import json
 import math
@@ -44,7 +44,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import PAPER_MODELS, Config, preset
 from dit import DiT
-from support.checkpoint import build_model
+from support.checkpoint import build_model, check_size
+from support.command_line import Parser, run_script
 from support.errors import UserError
 from support.files import check_path, writing
 from support.machine import choose_device, choose_precision, compile_network
@@ -385,6 +386,10 @@ def main(argv: list[str] | None = None) -> None:
     def batch_size(config: Config) -> int:
         tokens = (config.image_size // config.patch_size) ** 2
         return given.get("batch_size", max(1, BATCH_TOKENS.get(device.type, 2048) // tokens))
+
+    for config in configs.values():  # of the weights at least one copy, in training their gradients and moments too
+        sizes = config.replace(batch_size=batch_size(config), activation_checkpointing="training" not in modes)
+        check_size(sizes, device, copies=4 if "training" in modes else 1)
 
     machine = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     machine["diffusers"] = version("diffusers") if find_spec("diffusers") else None

@@ -15,10 +15,10 @@ The "real" column is the same for as many of the last 10,000 training digits: wh
 With --bits-per-dim N it prints, instead, how well a diffusion predicts N test digits: its variational bound.
 """
 
-from support.command_line import Parser, run_script, start_quietly
+from support.start import start_quietly
 
 if __name__ == "__main__":
-    start_quietly()  # before the slow imports
+    start_quietly()  # before all else is imported
 
 import json
 import math
@@ -37,6 +37,7 @@ from dit import DiT
 from inference import describe_sampling, draw_images, network_evaluations
 from support.checkpoint import build_process, load_model
 from support.classifier import HELD_OUT, Classifier, judge_of
+from support.command_line import Parser, run_script
 from support.errors import UserError, check_limits
 from support.files import check_path, writing
 from support.machine import choose_device

@@ -5,10 +5,10 @@ animation (--gif), a grid (--num-samples) and arrays for evaluation (--num-sampl
 as the paper's own, need a VAE that decodes them (--vae).
 """
 
-from support.command_line import Parser, Progress, counted, parse_labels, run_script, shown, start_quietly
+from support.start import start_quietly
 
 if __name__ == "__main__":
-    start_quietly()  # before the slow imports
+    start_quietly()  # before all else is imported
 
 import math
 import time
@@ -23,6 +23,7 @@ from dataset import denormalize
 from dit import DiT
 from support.autoencoder import decode, load_vae
 from support.checkpoint import build_process, load_model
+from support.command_line import Parser, Progress, counted, parse_labels, run_script, shown
 from support.errors import UserError
 from support.files import check_path, writing
 from support.machine import check_memory, choose_device
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     if num_samples is None and len(labels) > 100:
         raise UserError(f"{len(labels)} labels are too many for one picture; draw them with --num-samples")
     count = num_samples or len(labels)
-    check_memory(8 * count * config.in_channels * config.image_size**2, f"{count:,} images", "draw fewer")
+    check_memory(8 * count * config.in_channels * config.image_size**2, f"{count:,} images", "draw fewer", device)
     y = torch.tensor(labels, device=device).repeat(math.ceil(count / len(labels)))[:count]
     generator = Generator(device).manual_seed(config.seed)
 

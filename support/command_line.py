@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from config import ROOT, Config
 from support.errors import MEMORY, UserError, check_limits, is_memory_error
 
@@ -132,10 +134,7 @@ class Progress:
     every = 60.0  # seconds
 
     def __init__(self, total: int, what: str = "", done: int = 0, leave: bool = False):
-        from tqdm import tqdm  # here, for a script calls start_quietly before its imports
-
-        settings = {"disable": done >= total or None, "delay": 0.1}  # the bar comes with the first steps
-        self.bar = tqdm(total=total, initial=done, desc=what, unit="step", leave=leave, **settings)
+        self.bar = tqdm(total=total, initial=done, desc=what, unit="step", leave=leave, disable=None)
         self.what, self.total, self.done, self.note = f"{what}: " if what else "", total, done, ""
         self.start = self.last = time.monotonic()
 
@@ -193,21 +192,6 @@ class Unheard:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
-
-
-def start_quietly() -> None:
-    """Called before a script's slow imports: Ctrl-C among them ends it without a word.
-
-    And a standard stream that is closed is opened to nowhere: else the next file, a checkpoint perhaps, would take its
-    number, and get what a library writes there.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def leave_out_unusable_cache() -> None:

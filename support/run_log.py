@@ -44,7 +44,7 @@ class RunLog:
         self.since_start = 0.0
         with writing(path) as csv:
             csv.write("".join(line + "\n" for line in (COLUMNS, *rows)).encode())
-        self.bar = Progress(config.train_steps, done=step, leave=True)
+        self.bar: Progress | None = None  # it appears with the first step, below what else there is to say
 
     def counters(self) -> list:
         """What a checkpoint keeps, for this log to go on from."""
@@ -55,6 +55,8 @@ class RunLog:
         self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
         self.seconds, self.since_start = self.seconds + seconds, self.since_start + seconds
         done = step == self.config.train_steps
+        if self.bar is None:
+            self.bar = Progress(self.config.train_steps, done=self.first_step, leave=True)
         if step % self.config.log_every == 0 or done:
             mean, speed = self.loss_sum / self.loss_count, self.loss_count * self.config.batch_size / self.seconds
             self.rows.append(f"{step},{mean:.6f},{learning_rate:.6g},{speed:.1f}")
@@ -66,4 +68,5 @@ class RunLog:
             tqdm.write(f"about {self.since_start / 50 * (self.config.train_steps - step) / 60:.1f} minutes to go")
 
     def close(self) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
