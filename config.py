@@ -67,7 +67,12 @@ class Config:
     checkpoint_every: int = option(1000, "steps between checkpoints", int, least=1, most=10**9)
 
     image_size: int | None = option(
-        None, "height and width in pixels; larger pads", int, group="network", least=1, most=2**14
+        None,
+        "height and width in pixels, larger pads (default: the images')",
+        int,
+        group="network",
+        least=1,
+        most=2**14,
     )
     in_channels: int = option(1, "channels of an image; comes from the dataset", int, least=1, most=2**14)
     num_classes: int = option(10, "number of labels; comes from the dataset", int, least=1, most=10**7)

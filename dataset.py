@@ -17,6 +17,7 @@ from loaders.check import check_loaded
 from loaders.glyphs import load_glyphs
 from loaders.mnist import load_mnist
 from support.errors import NotAvailable, UserError
+from support.machine import check_memory
 
 DATASETS = {"mnist": load_mnist, "glyphs": load_glyphs}
 
@@ -54,6 +55,8 @@ def load_dataset(name: str, data_dir: str | Path, train: bool = True, image_size
     size = image_size or max(height, width)
     if size < max(height, width):
         raise UserError(f"image_size {size} is smaller than the {height} x {width} images of {name}")
+    room = len(images) * images.shape[1] * size**2
+    check_memory(room, f"{len(images):,} images of {size} x {size}", "try a smaller --image-size")
     left, top = (size - width) // 2, (size - height) // 2
     images = F.pad(images, (left, size - width - left, top, size - height - top))
     return Dataset(name, images, labels, (height, width))

@@ -15,10 +15,10 @@ The "real" column is the same for as many of the last 10,000 training digits: wh
 With --bits-per-dim N it prints, instead, how well a diffusion predicts N test digits: its variational bound.
 """
 
-from support.command_line import Parser, run_script, start_quietly
+from support.start import start_quietly
 
 if __name__ == "__main__":
-    start_quietly()  # before the slow imports
+    start_quietly()  # before all else is imported
 
 import json
 import math
@@ -37,6 +37,7 @@ from dit import DiT
 from inference import describe_sampling, draw_images, network_evaluations
 from support.checkpoint import build_process, load_model
 from support.classifier import HELD_OUT, Classifier, judge_of
+from support.command_line import Parser, run_script
 from support.errors import UserError, check_limits, is_memory_error
 from support.files import check_path, warn, writing
 from support.machine import choose_device
@@ -221,9 +222,15 @@ def main(argv: list[str] | None = None) -> None:
     basics = parser.group("basics")
     basics.add_argument("--checkpoint", metavar="FILE", help="weights (default: the repository's model.pth)")
     basics.add_argument("--npz", metavar="FILE", help="measure these images instead of drawing some")
-    parser.add_number("--num-samples", "images (default: 10000)", "basics", least=100, most=HELD_OUT)
-    parser.add_number("--seeds", "sampling seeds to draw with (default: 1)", "basics", most=1000)
-    parser.add_number("--bits-per-dim", "the bound for this many test images, alone", "basics", least=2)
+    parser.add_number(
+        "--num-samples",
+        "images to draw, and real ones beside them (default: 10000)",
+        "basics",
+        least=100,
+        most=HELD_OUT,
+    )
+    parser.add_number("--seeds", "draw so many times, from so many seeds (default: 1)", "basics", most=1000)
+    parser.add_number("--bits-per-dim", "instead, the variational bound for so many test images", "basics", least=2)
     basics.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_fields("dataset", default="the checkpoint's, or mnist for an .npz")
     parser.add_fields("data_dir")

@@ -5,10 +5,10 @@ animation (--gif), a grid (--num-samples) and arrays for evaluation (--num-sampl
 as the paper's own, need a VAE that decodes them (--vae).
 """
 
-from support.command_line import Parser, parse_labels, run_script, shown, start_quietly
+from support.start import start_quietly
 
 if __name__ == "__main__":
-    start_quietly()  # before the slow imports
+    start_quietly()  # before all else is imported
 
 import math
 import time
@@ -17,13 +17,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from config import ROOT, SAMPLING, Config
 from dataset import denormalize
 from dit import DiT
 from support.autoencoder import decode, load_vae
 from support.checkpoint import build_process, load_model
+from support.command_line import Parser, Progress, counted, parse_labels, run_script, shown
 from support.errors import UserError
 from support.files import check_path, writing
 from support.machine import check_memory, choose_device
@@ -56,7 +56,7 @@ def draw_images(model: DiT, config: Config, y: Tensor, generator: Generator) -> 
     Which noise an image starts from, and which a step of ddpm adds, depends on the images drawn together with it.
     """
     parts, images = y.split(max(1, min(BATCH_SIZE, MOST_TOKENS // model.pos_embed.shape[1]))), []
-    with tqdm(total=len(parts) * (config.sample_steps + 1), unit="step", leave=False, disable=None) as bar:
+    with Progress(len(parts) * (config.sample_steps + 1), "sampling") as bar:
         for part in parts:
             for x in denoise(model, config, part, generator):
                 bar.update()
@@ -100,12 +100,14 @@ def main(argv: list[str] | None = None) -> None:
     basics.add_argument(
         "--labels", metavar="LABELS", help="a digit a character, or numbers with commas (default: all; of many, ten)"
     )
-    basics.add_argument("--output", metavar="FILE", help="the picture (default: the repository's inference.png)")
-    basics.add_argument("--gif", metavar="FILE", help="write an animation")
-    parser.add_number(
-        "--num-samples", "draw so many as a grid, the labels in turn (default: all)", "basics", most=10**8
+    basics.add_argument(
+        "--output",
+        metavar="FILE",
+        help="the picture: a row for each label, noise to image (default: the repository's inference.png)",
     )
-    basics.add_argument("--npz", metavar="FILE", help="write the --num-samples as arrays: arr_0 images, arr_1 labels")
+    basics.add_argument("--gif", metavar="FILE", help="an animation of the way there")
+    parser.add_number("--num-samples", "a grid of so many, the labels in turn, not the way there", "basics", most=10**8)
+    basics.add_argument("--npz", metavar="FILE", help="the --num-samples as arrays: arr_0 images, arr_1 labels")
     parser.add_fields("seed", default="the checkpoint's")
     parser.add_fields(*SAMPLING, default="the checkpoint's")
     parser.add_fields("device", title="machine")
@@ -134,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     if num_samples is None and len(labels) > 100:
         raise UserError(f"{len(labels)} labels are too many for one picture; draw them with --num-samples")
     count = num_samples or len(labels)
-    check_memory(8 * count * config.in_channels * config.image_size**2, f"{count:,} images", "draw fewer")
+    check_memory(8 * count * config.in_channels * config.image_size**2, f"{count:,} images", "draw fewer", device)
     y = torch.tensor(labels, device=device).repeat(math.ceil(count / len(labels)))[:count]
     generator = Generator(device).manual_seed(config.seed)
 
@@ -144,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         columns, film = (frames_shown(config.sample_steps, most) for most in (13, 50))
         kept = {*(columns if output else ()), *(film if gif else ())}  # of a thousand steps all would fill the memory
-        way = tqdm(denoise(model, config, y, generator), total=config.sample_steps + 1, leave=False, disable=None)
+        way = counted(denoise(model, config, y, generator), config.sample_steps + 1, "sampling")
         frames = {i: decode(vae, x).cpu() for i, x in enumerate(way) if i in kept}
     seconds = time.perf_counter() - start
 

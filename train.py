@@ -4,10 +4,10 @@ Every step draws images, labels, timesteps and noise from a generator seeded by 
 checkpoint holds all the rest; so a run that is cut off anywhere and resumed ends with the same bits.
 """
 
-from support.command_line import Parser, command, run_script, shown, start_quietly
+from support.start import start_quietly
 
 if __name__ == "__main__":
-    start_quietly()  # before the slow imports
+    start_quietly()  # before all else is imported
 
 import copy
 import dataclasses
@@ -27,6 +27,7 @@ from dataset import load_dataset, normalize
 from diffusion import Diffusion
 from inference import denoise
 from support.checkpoint import build_model, build_process, check_size
+from support.command_line import Parser, command, run_script
 from support.files import locked
 from support.machine import choose_compile, choose_device, choose_precision, compile_network, deferred_signals
 from support.pictures import save_loss_plot, save_png
@@ -124,7 +125,15 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     process, optimizers, generator = build_process(config), build_optimizers(model, config), torch.Generator(device)
     step, *counters = restore_run(state, out_dir, model, ema, optimizers) if state else (0, [], 0.0, 0, 0.0)
 
+    def try_step(network: nn.Module) -> Tensor:
+        x0, y, *drawn = next(draw_batch(images, labels, process, config, generator))
+        return process.loss(autocast(network), x0, y, drawn=drawn)
+
     (out_dir / "samples").mkdir(parents=True, exist_ok=True)
+    print_summary(config, model, data, device, step)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    compiling = config.compile == "on" and step < config.train_steps
+    network = autocast(compile_network(model, try_step) if compiling else model)  # Ctrl-C may still act at once
     with (
         locked(out_dir),
         deferred_signals() as signals,
@@ -134,16 +143,8 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         def save_checkpoint() -> None:
             save_run(out_dir, config, model, ema, optimizers, [step, *log.counters()])
 
-        def try_step(network: nn.Module) -> Tensor:
-            x0, y, *drawn = next(draw_batch(images, labels, process, config, generator))
-            return process.loss(autocast(network), x0, y, drawn=drawn)
-
         if not state:
             save_checkpoint()  # so that there is something to resume from the first moment on
-        print_summary(config, model, data, device, step)
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-        compiling = config.compile == "on" and step < config.train_steps
-        network = autocast(compile_network(model, try_step) if compiling else model)
         while step < config.train_steps and not signals:
             start = time.perf_counter()
             generator.manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # runs of other seeds start far away
@@ -175,15 +176,15 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
 
     save_loss_plot(out_dir / "loss.png", log.rows)
     if step < config.train_steps:
-        print(f"stopped at step {step:,}; to go on: {command('train.py', '--resume', '--out-dir', shown(out_dir))}")
+        print(f"stopped at step {step:,}; to go on: {command('train.py', '--resume', '--out-dir', out_dir)}")
         sys.exit(128 + signals[0])
     save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, device)
-    print(f"done; to see digits: {command('inference.py', '--checkpoint', shown(out_dir / 'model.pth'))}")
+    print(f"done; to see digits: {command('inference.py', '--checkpoint', out_dir / 'model.pth')}")
     return out_dir
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("Train a DiT on digits.")
+    parser = Parser("Train a DiT on digits. Defaults are those of preset digits.")
     parser.add_fields(*(f.name for f in dataclasses.fields(Config) if f.name not in ("in_channels", "num_classes")))
     resume_help = "go on from the checkpoint in --out-dir, exactly"
     parser.group("basics").add_argument("--resume", action="store_true", help=resume_help)

@@ -12,10 +12,9 @@ Each figure is by 2,000 images. notebooks/paper.ipynb draws the pictures.
 import csv
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from benchmark import count_gflops
-from config import Config, preset
+from config import ROOT, Config, preset
 from docs.quality import scorer
 from support.checkpoint import load_model
 from support.command_line import run_script
@@ -23,7 +22,7 @@ from support.errors import UserError
 from support.run_state import resumed
 from train import train
 
-CSV = Path("docs/paper.csv")
+CSV = ROOT / "docs" / "paper.csv"
 COLUMNS = "experiment block patch_size hidden_size depth seed step sample_steps parameters gflops accuracy FD_ratio"
 NUM_SAMPLES = 2000
 RECIPE = dict(learning_rate=1e-3, lr_decay="constant", compile="off", sampler="ddpm", cfg_scale=1.0)
@@ -56,7 +55,7 @@ def measure(experiment: str, config: Config, sample_steps: int, score: Callable)
     """Train a network, or go on, until config.train_steps; the other columns of its row."""
     run = "blocks" if experiment == "blocks" else "sizes"  # sampling is from the networks of sizes
     name = "-".join(key_of(run, config, 0, 0)[:6])
-    config = config.replace(out_dir=f"runs/paper/{name}")
+    config = config.replace(out_dir=str(ROOT / "runs" / "paper" / name))
     if (config.run_dir / "checkpoint.pth").exists():
         train(*resumed({"out_dir": config.out_dir, "train_steps": config.train_steps}))
     else:

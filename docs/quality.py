@@ -8,11 +8,12 @@ Writes docs/quality.csv, a row for each setting, and docs/quality.png, the pictu
 import csv
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-from config import SAMPLERS, SAMPLING, Config
+from config import ROOT, SAMPLERS, SAMPLING, Config
 from dataset import denormalize, load_dataset, normalize
 from dit import DiT
 from evaluate import frechet_distance
@@ -60,7 +61,7 @@ def scorer(dataset: str, num_samples: int) -> Callable[[DiT, Config], tuple[floa
     return score
 
 
-def measure(path: str) -> list[dict]:
+def measure(path: str | Path) -> list[dict]:
     """Accuracy and FD ratio of each setting of a checkpoint's process, by NUM_SAMPLES images each."""
     model, config = load_model(path)
     score, rows = scorer(config.dataset, NUM_SAMPLES), []
@@ -77,7 +78,7 @@ def kind_of(row: dict) -> tuple:
     return tuple(row[name] for name in ("sampler", "sample_steps", "cfg_low", "cfg_high"))
 
 
-def plot(rows: list[dict], path: str) -> None:
+def plot(rows: list[dict], path: Path) -> None:
     """Accuracy and FD ratio: a line for each sampler against its network evaluations, then against guidance."""
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     for (above, below), name in zip(figure.subplots(2, 2).T, ("accuracy", "FD_ratio")):
@@ -103,13 +104,13 @@ def plot(rows: list[dict], path: str) -> None:
 
 
 def main() -> None:
-    paths = sys.argv[1:] or ["model.pth", "runs/flow/model.pth"]
+    paths = sys.argv[1:] or [ROOT / "model.pth", ROOT / "runs" / "flow" / "model.pth"]
     rows = [row for path in paths for row in measure(path)]
-    with open("docs/quality.csv", "w", newline="") as file:
+    with open(ROOT / "docs" / "quality.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    plot(rows, "docs/quality.png")
+    plot(rows, ROOT / "docs" / "quality.png")
 
 
 if __name__ == "__main__":

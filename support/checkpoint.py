@@ -107,19 +107,20 @@ def check_state(state: dict[str, Tensor], config: Config) -> DiT:
     return model
 
 
-def check_size(config: Config, device: torch.device) -> None:
+def check_size(config: Config, device: torch.device, copies: int | None = None) -> None:
     """UserError, before the work, for a network that cannot be trained in the memory that is there.
 
-    Counted is the least it takes: weights, gradients, their average and AdamW's two moments, and of the activations
-    eight numbers for each feature of a token in each block.
+    Counted is the least it takes: weights, gradients, their average and the optimizer's moments, two of AdamW's, and
+    of the activations, for each feature of a token in each block, the six numbers that compiled code in bf16 keeps.
     """
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
+    copies = copies or (4 if config.optimizer == "muon" else 5)
     tokens = config.batch_size // config.accumulation_steps * (config.image_size // config.patch_size) ** 2
-    activations = tokens * config.hidden_size * (1 if config.activation_checkpointing else 8 * config.depth)
+    activations = tokens * config.hidden_size * config.depth * (1 if config.activation_checkpointing else 6)
     what = f"a network of {parameters:,} parameters with a batch of {config.batch_size}"
     advice = "try a smaller --hidden-size, --depth or --batch-size"
-    check_memory(4 * (5 * parameters + activations), what, advice, device)
+    check_memory(4 * (copies * parameters + activations), what, advice, device)
 
 
 def load_model(

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dataset import normalize
+from support.command_line import Progress
 from support.errors import DamagedFile, UserError
 from support.files import load_file, save_file
 
@@ -72,7 +72,7 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int = 10, seed: int
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
-    with tqdm(total=steps, unit="step", desc="classifier") as bar:
+    with Progress(steps, "classifier", leave=True) as bar:
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator)
             for index in order.split(batch_size)[: len(images) // batch_size]:

@@ -1,6 +1,5 @@
 """What a training run tells: what it is, how far it is, loss.csv."""
 
-import time
 from pathlib import Path
 
 import torch
@@ -9,11 +8,10 @@ from tqdm import tqdm
 
 from config import OPTIONS, Config
 from dataset import Dataset
-from support.command_line import shown
+from support.command_line import Progress, shown
 from support.files import append_line, writing
 
 COLUMNS = "step,loss,learning_rate,images_per_second"
-QUIET_SECONDS = 60  # between printed lines where no terminal shows a progress bar
 
 
 def print_summary(config: Config, model: nn.Module, data: Dataset, device: torch.device, step: int) -> None:
@@ -30,7 +28,7 @@ def print_summary(config: Config, model: nn.Module, data: Dataset, device: torch
 
 
 class RunLog:
-    """The rows of loss.csv, each the mean of the steps since the last; and a progress bar, or a line now and then.
+    """The rows of loss.csv, each the mean of the steps since the last; and the progress.
 
     Args:
         step: steps done already.
@@ -43,10 +41,10 @@ class RunLog:
     ):
         self.config, self.path, self.first_step = config, path, step
         self.rows, self.loss_sum, self.loss_count, self.seconds = rows, loss_sum, loss_count, seconds
-        self.since_start, self.last_line = 0.0, time.perf_counter()
+        self.since_start = 0.0
         with writing(path) as csv:
             csv.write("".join(line + "\n" for line in (COLUMNS, *rows)).encode())
-        self.bar: tqdm | None = None  # it appears with the first step, below what else there is to say
+        self.bar: Progress | None = None  # it appears with the first step, below what else there is to say
 
     def counters(self) -> list:
         """What a checkpoint keeps, for this log to go on from."""
@@ -56,20 +54,16 @@ class RunLog:
         """Tell of a step done, how long it took and its loss."""
         self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
         self.seconds, self.since_start = self.seconds + seconds, self.since_start + seconds
-        done, now = step == self.config.train_steps, time.perf_counter()
+        done = step == self.config.train_steps
         if self.bar is None:
-            self.bar = tqdm(total=self.config.train_steps, initial=self.first_step, unit="step", disable=None)
-        self.bar.update()
+            self.bar = Progress(self.config.train_steps, done=self.first_step, leave=True)
         if step % self.config.log_every == 0 or done:
             mean, speed = self.loss_sum / self.loss_count, self.loss_count * self.config.batch_size / self.seconds
             self.rows.append(f"{step},{mean:.6f},{learning_rate:.6g},{speed:.1f}")
             append_line(self.path, self.rows[-1])
-            progress = f"loss {mean:.4f}, {speed:,.0f} images/s"
-            self.bar.set_postfix_str(progress)
-            if self.bar.disable and (now - self.last_line > QUIET_SECONDS or done):
-                print(f"step {step:,} of {self.config.train_steps:,}: {progress}", flush=True)
-                self.last_line = now
+            self.bar.note = f"loss {mean:.4f}, {speed:,.0f} images/s"
             self.loss_sum, self.loss_count, self.seconds = 0.0, 0, 0.0
+        self.bar.update()
         if step == self.first_step + 50 and not done:
             tqdm.write(f"about {self.since_start / 50 * (self.config.train_steps - step) / 60:.1f} minutes to go")
 

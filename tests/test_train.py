@@ -318,15 +318,6 @@ def test_bf16_trains_to_nearly_the_same_loss(tmp_path):
     assert a != b and math.isclose(a, b, rel_tol=0.05)
 
 
-def test_precision_follows_the_machine(monkeypatch):
-    cpu = torch.device("cpu")
-    assert machine.choose_precision("bf16", cpu) == "bf16"
-    for avx512, amx, expected in ((False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=avx512: answer)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda answer=amx: answer)
-        assert machine.choose_precision("auto", cpu) == expected
-
-
 def test_a_compiled_run_is_repeatable_and_learns_what_an_eager_one_does(tmp_path, capsys):
     for name, compile in (("on", "on"), ("again", "on"), ("off", "off")):
         fit(tmp_path / name, "--train-steps", 40, "--batch-size", 256, "--compile", compile)
