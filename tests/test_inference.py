@@ -8,6 +8,8 @@ from PIL import Image
 import inference
 from config import PAPER_MODELS, Config
 from dataset import denormalize
+from dit import DiT
+from evaluate import timed_draw
 from inference import denoise, parse_labels
 from support.autoencoder import decode, load_vae
 from support.checkpoint import build_process, load_model, model_config
@@ -204,3 +206,25 @@ def test_the_shipped_weights_draw_a_thousand_digits_asked_for(read_digits):
     guided, plain = share_read_as_asked(read_digits, 1000), share_read_as_asked(read_digits, 1000, cfg_scale=1.0)
     print(f"of 1000 samples read as asked for: {guided:.1%}, without guidance {plain:.1%}")
     assert guided >= 0.85
+
+
+@pytest.mark.parametrize(
+    "flags", [["--labels", "3,4"], ["--num-samples", 4], ["--num-samples", 4, "--npz", "a.npz"], ["--gif", "a.gif"]]
+)
+def test_images_that_are_not_finite_are_an_error_and_replace_nothing(flags, model_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DiT, "forward", lambda self, x, t, y: x * float("nan"))
+    flags = [*flags, "--output", "a.png"]
+    names = ("a.png", "a.gif", "a.npz")
+    for name in names:
+        (tmp_path / name).write_text("good")
+    with pytest.raises(UserError, match="not finite numbers; the weights are damaged or have diverged"):
+        infer(model_file, *flags)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(names, "good")
+
+
+def test_drawings_to_be_judged_are_finite_too(model_file, monkeypatch):
+    model, config = load_model(model_file)
+    monkeypatch.setattr(DiT, "forward", lambda self, x, t, y: x * float("nan"))
+    with pytest.raises(UserError, match="not finite numbers"):
+        timed_draw(model, config, torch.zeros(2, dtype=torch.int64), seed=0)
