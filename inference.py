@@ -28,6 +28,7 @@ from support.errors import UserError
 from support.files import check_path, writing
 from support.machine import check_memory, choose_device
 from support.pictures import frames_shown, save_gif, save_png, save_strip
+from support.published import PUBLISHED
 
 BATCH_SIZE, MOST_TOKENS = 500, 50_000  # of what is drawn at a time; part of what a seed means
 
@@ -109,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_fields(*SAMPLING, default="the checkpoint's")
     parser.add_fields("device", title="machine")
     parser.group("network").add_argument("--vae", metavar="DIR", help="folder of the autoencoder of a model of latents")
+    parser.group("network").add_argument("--published", choices=PUBLISHED, help="whose weights, if a file cannot tell")
     given = vars(parser.parse_args(argv))
     output, gif, npz, text, folder = (given.pop(name, None) for name in ("output", "gif", "npz", "labels", "vae"))
     num_samples = given.pop("num_samples", None)
@@ -123,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
             check_path(flag, path, suffix)
 
     device = choose_device(given.pop("device", "auto"))
-    model, config = load_model(given.pop("checkpoint", ROOT / "model.pth"), device)
+    model, config = load_model(given.pop("checkpoint", ROOT / "model.pth"), device, given.pop("published", None))
     vae = load_vae(folder, config, device)
     config = config.replace(**given)
     labels = list(range(config.num_classes)) if text is None else parse_labels(text, config.num_classes)

@@ -148,8 +148,9 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
             start = time.perf_counter()
             generator.manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # runs of other seeds start far away
             learning_rate = learning_rate_at(step, config)
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = learning_rate
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
 
             loss = torch.zeros((), device=device)
             for x0, y, *drawn in draw_batch(images, labels, process, config, generator):  # the batch, or parts of it

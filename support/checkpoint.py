@@ -17,10 +17,10 @@ from config import Config
 from diffusion import Diffusion
 from dit import DiT
 from dit_block import DiTBlock
-from support.errors import UserError
+from support.errors import UserError, is_memory_error
 from support.files import read_file, warn
 from support.machine import check_memory
-from support.published import DOWNLOADS, read_published, reason_of, sizes_of
+from support.published import DOWNLOADS, read_published, reason_of, sizes_of, weights_of
 from variants.conditioning import AdaLNBlock, CrossAttentionBlock, InContextBlock
 from variants.flow_matching import FlowMatching
 from variants.learned_variance import LearnedVariance
@@ -35,6 +35,9 @@ PROCESSES = {"diffusion": Diffusion, "flow_matching": FlowMatching}
 # The fields that every version has written, and that no default can stand for.
 OF_EVERY_FILE = "image_size patch_size in_channels hidden_size depth num_heads num_classes".split()
 OF_EVERY_FILE += ["process", "prediction", "schedule"]
+# What runs did before there was a field to say so, for files of that time.
+BEFORE = dict(block="adaLN-Zero", learn_sigma=False, clip_x0=True, time_sampling="uniform", time_mean=0.0)
+BEFORE |= dict(optimizer="adamw", cfg_low=0.0, cfg_high=1.0, accumulation_steps=1, activation_checkpointing=False)
 OF_THE_MACHINE = ("data_dir", "out_dir", "device")
 
 
@@ -75,6 +78,7 @@ def read_config(values: Any, path: str | Path, needed: Iterable[str] = OF_EVERY_
             raise TypeError("it is no dict")
         for name in needed:
             values[name]
+        values = {**BEFORE, **values}
         if isinstance(values.get("seed"), int):
             values = {**values, "seed": values["seed"] % 2**32}  # larger ones, once allowed, drew the same numbers
         return Config(**values)
@@ -118,28 +122,42 @@ def check_size(config: Config, device: torch.device) -> None:
     check_memory(4 * (5 * parameters + activations), what, advice, device)
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, Config]:
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", published: str | None = None
+) -> tuple[DiT, Config]:
     """The model of a model.pth or of published weights, in evaluation mode, and its config.
 
+    Args:
+        path: the file, or a folder of diffusers'.
+        published: whose network published weights are, where their file does not say (see published.PUBLISHED).
+
     Raises:
-        UserError: if the file cannot be read, or its weights are not those of the model its config describes.
+        UserError: if the file cannot be read, or its weights are not those of the model its config describes, or
+            `published` would change nothing.
     """
-    address = DOWNLOADS.get(Path(path).name)
+    path = weights_of(path)
+    address = DOWNLOADS.get(path.name)
     advice = f"download it from {address}" if address else "name a file of weights, such as runs/digits/model.pth"
     content, intact = read_file(path, advice)
     ours = isinstance(content, dict) and {"model", "config"} <= content.keys()
     if not intact:
         if ours:
             raise UserError(f"{path} is damaged: its checksums do not fit what it holds")
-        warn(f"the checksums of {path} do not fit what it holds; some programs write none")
+        warn(f"the checksums of {path} do not fit what it holds: it is damaged, or was written without them")
     if ours:
+        if published:
+            raise UserError(f"--published {published} would change nothing: {path} says what it is; leave it out")
         # Of a training checkpoint, as of model.pth, the average of the weights is what draws best.
-        config, state = read_config(content["config"], path), content.get("ema", content["model"])
+        config, state, parts = read_config(content["config"], path), content.get("ema", content["model"]), {}
     else:
-        config, state = read_published(content, path)
+        config, state, parts = read_published(content, path, published)
     try:
         model = check_state(state, config)
+        for name, part in parts.items():
+            model.set_submodule(name, part)
         model.to_empty(device=device).load_state_dict(state)
     except Exception as error:  # a file can lie in more ways than can be listed
+        if is_memory_error(error):
+            raise
         raise UserError(f"{path} holds no usable model: {reason_of(error)}") from error
     return model.eval(), config

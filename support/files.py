@@ -8,15 +8,19 @@ own checksums are compared with its contents, for a tensor with a flipped bit lo
 import argparse
 import contextlib
 import errno
+import json
 import os
+import pickle
+import re
 import stat
 import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from support.errors import DamagedFile, UserError, is_memory_error, optional
@@ -110,17 +114,42 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+class NumberType:
+    """Stands in for numpy.dtype, which trusts what it is unpickled from: a name such as <f8."""
+
+    def __init__(self, name: str, *_: Any):
+        self.name = name
+
+    def __setstate__(self, state: tuple) -> None:
+        self.name = state[1] + self.name  # the order of its bytes
+
+
+def number(kind: NumberType, data: bytes) -> bool | int | float | None:
+    """What a pickled NumPy scalar was, in Python's own types; None where it was no number."""
+    return np.frombuffer(data, kind.name)[0].item() if re.fullmatch("[<>|]?[biuf][1248]", kind.name) else None
+
+
+# What foreign files hold besides tensors: flags of their training, among which there may be paths and NumPy's numbers.
+PLAIN = [
+    argparse.Namespace,
+    (NumberType, "numpy.dtype"),
+    *((number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # of NumPy 1 and 2
+    *((PurePath, f"pathlib.{name}Path") for name in ("Posix", "Windows", "_local.Posix", "_local.Windows")),
+]
+
+
 def read_file(path: str | Path, missing: str = "name a file of weights") -> tuple[Any, bool]:
     """What a file of torch's or safetensors' holds, on the CPU, and whether it is as it was written.
 
-    The second is False where a zip's checksums do not fit its contents; files without checksums are taken as intact.
+    An .index.json of diffusers' stands for all the files that it names. The second is False where a zip's checksums do
+    not fit its contents; files without checksums are taken as intact.
 
     Args:
         missing: what to do where there is no such file.
 
     Raises:
-        DamagedFile: if it is not one of torch's or safetensors'.
-        UserError: if it cannot be read, or holds more than plain data.
+        DamagedFile: if it is not one of torch's or safetensors', or holds more than plain data.
+        UserError: if it cannot be read.
         MemoryError, RuntimeError: if memory is short.
     """
     intact = True
@@ -130,11 +159,12 @@ def read_file(path: str | Path, missing: str = "name a file of weights") -> tupl
             raise UserError(f"{path} is {'a folder' if stat.S_ISDIR(kind) else 'no file'}; {missing}")
         with open(path, "rb"):
             pass
+        if str(path).endswith(".index.json"):
+            return read_shards(Path(path))
         if str(path).endswith(".safetensors"):
             return optional("safetensors.torch", str(path)).load_file(path), True
         intact = checksums_fit(path)
-        # facebookresearch/DiT's train.py keeps its flags in a Namespace, which is plain data too.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
             warnings.simplefilter("ignore")  # of a foreign file's format: the errors below say it all
             content = torch.load(path, map_location="cpu", weights_only=True)
         return content, intact
@@ -147,7 +177,20 @@ def read_file(path: str | Path, missing: str = "name a file of weights") -> tupl
             if is_memory_error(error):
                 raise
             raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        found = isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found:
+            raise DamagedFile(
+                f"{path} holds {found[1]}, more than weights and plain data; "
+                f"where it was written, save the weights alone: torch.save(model.state_dict(), FILE)"
+            ) from error
         raise DamagedFile(f"{path} is damaged or not a file of weights ({type(error).__name__})") from error
+
+
+def read_shards(index: Path) -> tuple[dict[str, Any], bool]:
+    """What read_file makes of all the files that an .index.json of diffusers' names, as one state dict."""
+    names = set(json.loads(index.read_text())["weight_map"].values())
+    parts = [read_file(index.with_name(Path(name).name)) for name in sorted(names)]
+    return {name: tensor for part, _ in parts for name, tensor in part.items()}, all(intact for _, intact in parts)
 
 
 def is_trouble(error: Exception) -> bool:

@@ -46,8 +46,7 @@ class RunLog:
         self.since_start, self.last_line = 0.0, time.perf_counter()
         with writing(path) as csv:
             csv.write("".join(line + "\n" for line in (COLUMNS, *rows)).encode())
-        done = step >= config.train_steps
-        self.bar = tqdm(total=config.train_steps, initial=step, unit="step", disable=done or None)
+        self.bar: tqdm | None = None  # it appears with the first step, below what else there is to say
 
     def counters(self) -> list:
         """What a checkpoint keeps, for this log to go on from."""
@@ -58,6 +57,8 @@ class RunLog:
         self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
         self.seconds, self.since_start = self.seconds + seconds, self.since_start + seconds
         done, now = step == self.config.train_steps, time.perf_counter()
+        if self.bar is None:
+            self.bar = tqdm(total=self.config.train_steps, initial=self.first_step, unit="step", disable=None)
         self.bar.update()
         if step % self.config.log_every == 0 or done:
             mean, speed = self.loss_sum / self.loss_count, self.loss_count * self.config.batch_size / self.seconds
@@ -73,4 +74,5 @@ class RunLog:
             tqdm.write(f"about {self.since_start / 50 * (self.config.train_steps - step) / 60:.1f} minutes to go")
 
     def close(self) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()

@@ -17,14 +17,12 @@ from torch import nn
 
 from config import ROOT, Config
 from dit import DiT
-from support.checkpoint import OF_THE_MACHINE, check_state, model_config, read_config
+from support.checkpoint import BEFORE, OF_THE_MACHINE, check_state, model_config, read_config
 from support.errors import UserError
 from support.files import load_file, locked, save_file, warn
 from support.published import reason_of
 
 FREE_ON_RESUME = ("out_dir", "data_dir", "device", "sample_every", "checkpoint_every")
-# Fields that earlier versions did not have yet; their runs did what the defaults say.
-ADDED = ("block", "learn_sigma", "accumulation_steps", "activation_checkpointing")
 
 
 def made_with(model: nn.Module) -> dict[str, Any]:
@@ -71,7 +69,7 @@ def load_checkpoint(path: str | Path) -> tuple[Config, dict[str, Any]]:
     if not isinstance(state, dict) or not needed <= state.keys() <= needed | {"made_with"}:
         raise UserError(f"{path} is not a checkpoint of train.py; go on from that of a run, or begin anew")
     fields = {field.name for field in dataclasses.fields(Config)}
-    config = read_config(state["config"], path, fields.difference(ADDED, OF_THE_MACHINE))
+    config = read_config(state["config"], path, fields.difference(BEFORE, OF_THE_MACHINE))
     try:
         for name in ("model", "ema"):
             check_state(state[name], config)

@@ -30,6 +30,7 @@ from support.errors import UserError
         (dict(batch_size=64, accumulation_steps=7), "accumulation_steps is 7; it must be a divisor of batch_size, 64"),
         (dict(learn_sigma=1), "learn_sigma 1 is not of type bool"),
         (dict(seed=None), "seed None is not of type int"),
+        (dict(seed=2**32), "seed is 4294967296; it must be less than 4294967296"),  # it would draw what seed 0 draws
     ],
 )
 def test_impossible_settings_are_refused_with_a_way_out(fields, message):

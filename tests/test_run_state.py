@@ -10,11 +10,13 @@ from test_train import TINY, assert_same, blobs, fit  # noqa: F401  blobs is a f
 import train
 from config import Config
 from support import checkpoint, run_state
+from support.checkpoint import BEFORE
 from support.errors import UserError
 from support.files import load_file, save_file
-from support.run_state import ADDED, check_progress, load_checkpoint
+from support.run_state import check_progress, load_checkpoint
 
 STEPS = 7
+OF_OLD = ["--time-sampling", "uniform", "--time-mean", 0, "--cfg-low", 0, "--cfg-high", 1]  # what was before flags
 FIELDS = [name for name in vars(Config()) if name not in checkpoint.OF_THE_MACHINE]
 
 
@@ -29,7 +31,7 @@ def run_dir(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         blobs.__wrapped__(patch)
         flags = ["--train-steps", STEPS, "--lr-decay", "constant", "--optimizer", optimizer]
-        fit(folder, *flags, "--hidden-size", 8)
+        fit(folder, *flags, *OF_OLD, "--hidden-size", 8)
     return folder
 
 
@@ -60,13 +62,14 @@ def check_refused(folder, alterations):
 @of_both_optimizers
 def test_unaltered_it_goes_on_to_the_same_bits_and_so_without_what_newer_versions_add(run_dir, tmp_path, capsys):
     optimizer = load_checkpoint(run_dir / "checkpoint.pth")[0].optimizer
-    flags = ["--hidden-size", 8, "--lr-decay", "constant", "--optimizer", optimizer]
+    flags = ["--hidden-size", 8, "--lr-decay", "constant", "--optimizer", optimizer, *OF_OLD]
     fit(tmp_path / "whole", "--train-steps", 2 * STEPS, *flags)
     whole = load_file(tmp_path / "whole" / "checkpoint.pth")
 
     def as_older_versions(state):
         del state["made_with"]
-        for name in (*ADDED, *checkpoint.OF_THE_MACHINE):
+        same = [name for name, value in BEFORE.items() if state["config"][name] == value]
+        for name in (*same, *checkpoint.OF_THE_MACHINE):
             del state["config"][name]
 
     def other_settings(state):
@@ -129,7 +132,7 @@ def test_each_field_of_the_config_is_checked(run_dir, monkeypatch):
 
     table = {}
     for name in FIELDS:
-        if name not in ADDED:
+        if name not in BEFORE:
             table[f"no {name}"] = (without("config", name), f"holds no usable config (it lacks '{name}')")
         table[f"{name} of a type"] = (changed("config", name, value=[1]), f"holds no usable config ({name} [1] is not")
     for name in checkpoint.OF_EVERY_FILE[:7]:
