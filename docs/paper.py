@@ -19,6 +19,7 @@ from docs.quality import scorer
 from support.checkpoint import load_model
 from support.command_line import run_script
 from support.errors import UserError
+from support.files import append_line
 from support.run_state import resumed
 from train import train
 
@@ -68,7 +69,7 @@ def measure(experiment: str, config: Config, sample_steps: int, score: Callable)
 def main() -> None:
     score = scorer("mnist", NUM_SAMPLES)
     if not CSV.exists():
-        CSV.write_text(COLUMNS.replace(" ", ",") + "\n")
+        append_line(CSV, COLUMNS.replace(" ", ","))
     for experiment in sys.argv[1:] or ("blocks", "sizes", "sampling"):
         for fields, step, sample_steps in plan(experiment):
             config = preset(**RECIPE, **fields, train_steps=step, dataset="mnist", image_size=28)
@@ -77,8 +78,7 @@ def main() -> None:
                 done = [row[: len(key)] for row in csv.reader(file)]
             if key not in done:
                 row = key + measure(experiment, config, sample_steps, score)
-                with CSV.open("a", newline="") as file:
-                    csv.writer(file, lineterminator="\n").writerow(row)
+                append_line(CSV, ",".join(map(str, row)))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Writes docs/quality.csv, a row for each setting, and docs/quality.png, the pictu
 """
 
 import csv
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from inference import draw_images, network_evaluations
 from support.checkpoint import load_model
 from support.classifier import HELD_OUT, judge_of
 from support.command_line import run_script
+from support.files import writing
 
 NUM_SAMPLES = 1000
 EVALUATIONS = (1, 2, 3, 5, 10, 20, 50, 250)
@@ -100,16 +102,19 @@ def plot(rows: list[dict], path: Path) -> None:
                 axes.axhline(1, color="black", linestyle=":")  # real digits
             else:
                 axes.set(ylim=(0.9, 1.005))  # a single step, 0.1 to 0.2, is not worth the room
-    figure.savefig(path, dpi=100)
+    with writing(path) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def main() -> None:
     paths = sys.argv[1:] or [ROOT / "model.pth", ROOT / "runs" / "flow" / "model.pth"]
     rows = [row for path in paths for row in measure(path)]
-    with open(ROOT / "docs" / "quality.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with writing(ROOT / "docs" / "quality.csv") as file:
+        file.write(text.getvalue().encode())
     plot(rows, ROOT / "docs" / "quality.png")
 
 

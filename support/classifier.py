@@ -141,6 +141,6 @@ def judge_of(dataset: str, data_dir: str | Path, images: Tensor, labels: Tensor)
     print(f"training a classifier of {dataset}, to be kept as {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({}, path.with_suffix(".try"))  # better to fail now than after minutes of training
-    path.with_suffix(".try").unlink()
+    path.with_suffix(".try").unlink(missing_ok=True)  # another may have done so
     save_file({"model": train_classifier(images, labels).state_dict(), "data": data}, path)
     return load_classifier(path)[0]

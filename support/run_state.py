@@ -102,7 +102,7 @@ def restore_run(
 ) -> list:
     """Put a checkpoint's state into a fresh run; returns its progress: step, rows, loss_sum, loss_count, seconds."""
     path = out_dir / "checkpoint.pth"
-    for name in ("image_size", "in_channels", "num_classes"):
+    for name in ("in_channels", "num_classes"):
         was, is_now = state["config"][name], getattr(model, name)
         if was != is_now:
             raise UserError(f"{path}: {name} of its data was {was}, now it is {is_now}; name its --data-dir")

@@ -1,3 +1,4 @@
+import math
 import os
 import pickle
 import zipfile
@@ -173,6 +174,49 @@ def test_a_disk_that_fills_up_midway_is_an_error_too(model_file, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert model_file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [model_file]
+
+
+def test_a_flipped_bit_in_a_model_file_is_seen(model_file):
+    good = model_file.read_bytes()
+    for name, tensor in load_file(model_file)["model"].items():
+        content = bytearray(good)
+        content[good.index(tensor.numpy().tobytes()) + tensor.nbytes // 2] ^= 1  # a last digit of one number
+        model_file.write_bytes(content)
+        assert torch.load(model_file, weights_only=True)["model"][name].isfinite().all()  # torch alone sees nothing
+        with pytest.raises(UserError, match="is damaged: its checksums do not fit what it holds") as error:
+            load_model(model_file)
+        assert str(model_file) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_named(value, model_file):
+    content = load_file(model_file)
+    for name, tensor in content["model"].items():
+        kept = tensor.flatten()[-1].clone()
+        tensor.view(-1)[-1] = value
+        save_file(content, model_file)
+        with pytest.raises(UserError, match=f"model.pth holds no usable model: {name} has values that are not finite"):
+            load_model(model_file)
+        tensor.view(-1)[-1] = kept
+
+
+def test_a_model_file_that_may_not_be_read_is_not_called_damaged(model_file, monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", forbidden)
+    with pytest.raises(UserError) as error:
+        load_model(model_file)
+    assert str(error.value) == f"{model_file} cannot be read (Permission denied)"
+
+
+@pytest.mark.parametrize("field", ["image_size", "num_heads", "num_classes", "process", "prediction", "schedule"])
+def test_what_no_default_can_stand_for_has_to_be_in_the_file(field, model_file):
+    content = load_file(model_file)
+    del content["config"][field]
+    save_file(content, model_file)
+    with pytest.raises(UserError, match=f"model.pth holds no usable config .it lacks '{field}'"):
+        load_model(model_file)
 
 
 def test_a_seed_that_older_versions_allowed_still_loads(model_file):

@@ -277,3 +277,18 @@ def test_the_shipped_weights_draw_a_thousand_digits_asked_for(read_digits):
     guided, plain = share_read_as_asked(read_digits, 1000), share_read_as_asked(read_digits, 1000, cfg_scale=1.0)
     print(f"of 1000 samples read as asked for: {guided:.1%}, without guidance {plain:.1%}")
     assert guided >= 0.85
+
+
+@pytest.mark.parametrize(
+    "flags", [["--labels", "3,4"], ["--num-samples", 4], ["--num-samples", 4, "--npz", "a.npz"], ["--gif", "a.gif"]]
+)
+def test_images_that_are_not_finite_are_an_error_and_replace_nothing(flags, model_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DiT, "forward", lambda self, x, t, y: x * float("nan"))
+    flags = [*flags, "--output", "a.png"]
+    names = ("a.png", "a.gif", "a.npz")
+    for name in names:
+        (tmp_path / name).write_text("good")
+    with pytest.raises(UserError, match="not finite numbers; the weights are damaged or have diverged"):
+        infer(model_file, *flags)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(names, "good")

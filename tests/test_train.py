@@ -270,6 +270,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
+def test_a_grid_that_is_not_finite_stops_the_run_after_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "denoise", lambda *_: iter([torch.full((32, 1, 8, 8), math.nan)]))
+    with pytest.raises(UserError, match="the images have pixels that are not finite numbers"):
+        fit(tmp_path, "--train-steps", 50, "--checkpoint-every", 4, "--sample-every", 4)
+    state = load_file(tmp_path / "checkpoint.pth")
+    assert state["progress"][0] == 4 and not list((tmp_path / "samples").iterdir())
+    monkeypatch.undo()
+    assert load_model(tmp_path / "model.pth")[1].train_steps == 50
+
+
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path):
     out = ["--out-dir", str(tmp_path / "run")]
     for flags, message in (
