@@ -114,7 +114,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-class NumberType:
+class ScalarType:
     """Stands in for numpy.dtype, which trusts what it is unpickled from: a name such as <f8."""
 
     def __init__(self, name: str, *_: Any):
@@ -124,16 +124,16 @@ class NumberType:
         self.name = state[1] + self.name  # the order of its bytes
 
 
-def number(kind: NumberType, data: bytes) -> bool | int | float | None:
-    """What a pickled NumPy scalar was, in Python's own types; None where it was no number."""
-    return np.frombuffer(data, kind.name)[0].item() if re.fullmatch("[<>|]?[biuf][1248]", kind.name) else None
+def scalar(kind: ScalarType, data: bytes) -> Any:
+    """What a pickled NumPy scalar was, in Python's own types."""
+    return np.frombuffer(data, kind.name)[0].item()
 
 
 # What foreign files hold besides tensors: flags of their training, among which there may be paths and NumPy's numbers.
 PLAIN = [
     argparse.Namespace,
-    (NumberType, "numpy.dtype"),
-    *((number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # of NumPy 1 and 2
+    (ScalarType, "numpy.dtype"),
+    *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # of NumPy 1 and 2
     *((PurePath, f"pathlib.{name}Path") for name in ("Posix", "Windows", "_local.Posix", "_local.Windows")),
 ]
 

@@ -19,7 +19,7 @@ from dit import sincos_pos_embed
 from inference import denoise
 from support.checkpoint import load_model, model_config
 from support.errors import UserError
-from support.files import save_file
+from support.files import read_file, save_file
 from support.published import WEIGHTS, export, main
 
 SMALL = dict(patch_size=4, hidden_size=64, depth=2, num_heads=4)
@@ -60,6 +60,16 @@ def in_training(state, **args):
 
 def without(state, name):
     return {key: tensor for key, tensor in state.items() if key != name}
+
+
+class Lie:
+    """Is pickled as a call of a function, and a state."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
 
 
 def batch(size=8):
@@ -132,7 +142,20 @@ def test_prefixes_of_wrappers_are_taken_off(prefix, ours, tmp_path):
 def test_paths_and_numbers_of_numpy_in_args_are_plain_data(ours, tmp_path):
     args = dict(model="DiT-S/8", num_classes=np.int64(5), class_dropout_prob=np.float32(0.1), fast=np.bool_(True))
     args |= dict(data_path=pathlib.Path("/data"), name=np.str_("a"))
-    assert_loads(write(in_training(ours.state_dict(), **args), tmp_path), ours.state_dict())
+    path = write(in_training(ours.state_dict(), **args), tmp_path)
+    assert_loads(path, ours.state_dict())
+    read = read_file(path)[0]["args"]
+    assert (read.num_classes, read.fast, read.name) == (5, True, "a") and type(read.num_classes) is int
+    assert read.class_dropout_prob == pytest.approx(0.1)
+    assert read.data_path == pathlib.PurePath("/data") and not isinstance(read.data_path, pathlib.Path)
+
+
+def test_a_type_that_lies_about_itself_is_an_error_and_no_crash(ours, tmp_path):
+    """NumPy's own unpickling believes that these eight bytes are an object's address, and goes there."""
+    for name in ("O8", "V9999999"):
+        kind = Lie(np.dtype, (name, False, True), (3, "|", None, None, None, -1, -1, 0))
+        args = {"lr": Lie(np.float64(0).__reduce__()[0], (kind, b"AAAAAAAA"))}
+        assert_refused(write(in_training(ours.state_dict(), **args), tmp_path), "is damaged or not a file of weights")
 
 
 def test_what_is_more_than_plain_data_is_named_and_nothing_is_called_damaged(ours, tmp_path):
