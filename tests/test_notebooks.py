@@ -28,7 +28,7 @@ def test_runs_with_few_steps(name, glyphs_dir, monkeypatch):
     for key, value in SMALL[name].items():
         assert f"{key} = " in parameters.source
         parameters.source += f"\n{key} = {value!r}"
-    ExecutePreprocessor(timeout=120).preprocess(notebook, {"metadata": {"path": ROOT / "notebooks"}})
+    ExecutePreprocessor(timeout=600).preprocess(notebook, {"metadata": {"path": ROOT / "notebooks"}})
 
 
 def test_every_figure_of_the_paper_in_miniature_was_measured():
