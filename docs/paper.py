@@ -4,9 +4,9 @@
     sizes      models of four sizes on three sizes of patches, against their Gflops (Figures 6 and 8)
     sampling   the same models, drawing with more and fewer steps (Figure 10)
 
-A row of docs/paper.csv for each figure, kept as it is measured: begun anew, the script goes on with what is missing.
-As in the paper no label guides (cfg_scale 1) and the learning rate stays; unlike there, the network predicts x_0.
-Each figure is by 2,000 images. notebooks/paper.ipynb draws the pictures.
+Each figure is a row of docs/paper.csv, written as soon as it is measured: started again, the script goes on with what
+is missing. As in the paper there is no guidance (cfg_scale 1), and the learning rate is constant, but for its warm-up;
+unlike there, the network predicts x_0. Each figure is from 2,000 images. notebooks/paper.ipynb draws the pictures.
 """
 
 import csv
@@ -15,14 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmark import count_gflops
-from config import Config, preset
+from config import ROOT, Config, preset
 from docs.quality import scorer
 from support.checkpoint import load_model
 from support.command_line import run_script
 from support.errors import UserError
 from train import resumed, train
 
-CSV = Path("docs/paper.csv")
+CSV = Path(__file__).with_suffix(".csv")
 COLUMNS = "experiment block patch_size hidden_size depth seed step sample_steps parameters gflops accuracy FD_ratio"
 NUM_SAMPLES = 2000
 RECIPE = dict(learning_rate=1e-3, lr_decay="constant", compile="off", sampler="ddpm", cfg_scale=1.0)
@@ -55,7 +55,7 @@ def measure(experiment: str, config: Config, sample_steps: int, score: Callable)
     """Train a network, or go on, until config.train_steps; the other columns of its row."""
     run = "blocks" if experiment == "blocks" else "sizes"  # sampling is from the networks of sizes
     name = "-".join(key_of(run, config, 0, 0)[:6])
-    config = config.replace(out_dir=f"runs/paper/{name}")
+    config = config.replace(out_dir=str(ROOT / "runs/paper" / name))
     if (config.run_dir / "checkpoint.pth").exists():
         train(*resumed({"out_dir": config.out_dir, "train_steps": config.train_steps}))
     else:
