@@ -17,7 +17,7 @@ test-long: $(VENV)/ready-dev
 	$(VENV)/bin/python -m pytest -m long -s
 
 notebooks: $(VENV)/ready
-	$(VENV)/bin/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(VENV)/bin/python -m docs.notebooks
 
 speedrun: RUN := runs/speedrun-$(shell date +%Y%m%d-%H%M%S)
 speedrun: $(VENV)/ready

@@ -4,9 +4,9 @@
     sizes      models of four sizes on three sizes of patches, against their Gflops (Figures 6 and 8)
     sampling   the same models, drawing with more and fewer steps (Figure 10)
 
-A row of docs/paper.csv for each figure, kept as it is measured: begun anew, the script goes on with what is missing.
-As in the paper no label guides (cfg_scale 1) and the learning rate stays; unlike there, the network predicts x_0.
-Each figure is by 2,000 images. notebooks/paper.ipynb draws the pictures.
+Each figure is a row of docs/paper.csv, written as soon as it is measured: started again, the script goes on with what
+is missing. As in the paper there is no guidance (cfg_scale 1), and the learning rate is constant, but for its warm-up;
+unlike there, the network predicts x_0. Each figure is from 2,000 images. notebooks/paper.ipynb draws the pictures.
 """
 
 import csv
@@ -23,7 +23,7 @@ from support.files import append_line
 from support.run_state import resumed
 from train import train
 
-CSV = ROOT / "docs" / "paper.csv"
+CSV = Path(__file__).with_suffix(".csv")
 COLUMNS = "experiment block patch_size hidden_size depth seed step sample_steps parameters gflops accuracy FD_ratio"
 NUM_SAMPLES = 2000
 RECIPE = dict(learning_rate=1e-3, lr_decay="constant", compile="off", sampler="ddpm", cfg_scale=1.0)

@@ -2,7 +2,8 @@
 
 Writes docs/quality.csv, a row for each setting, and docs/quality.png, the picture of it, from the shipped weights
 (for the diffusion's samplers) and those of `python train.py --preset flow` (for the flow's). Each setting is judged by
-1,000 images and as many real ones: so few make FD itself larger, and its ratio nearer to 1, than the README's 10,000.
+1,000 images beside as many real ones: with so few, FD itself is larger, and its ratio nearer to 1, than with the
+README's 10,000. To draw the picture alone: `python -c "from docs import quality; quality.plot()"`.
 """
 
 import csv
@@ -24,6 +25,7 @@ from support.classifier import HELD_OUT, judge_of
 from support.command_line import run_script
 from support.files import writing
 
+CSV = Path(__file__).with_suffix(".csv")
 NUM_SAMPLES = 1000
 EVALUATIONS = (1, 2, 3, 5, 10, 20, 50, 250)
 GUIDANCE = (1.25, 1.5, 2.0, 3.0, 5.0)
@@ -80,42 +82,55 @@ def kind_of(row: dict) -> tuple:
     return tuple(row[name] for name in ("sampler", "sample_steps", "cfg_low", "cfg_high"))
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """Accuracy and FD ratio: a line for each sampler against its network evaluations, then against guidance."""
+def plot() -> None:
+    """docs/quality.csv as a picture: a line for each sampler against its network evaluations, then against guidance."""
+    with CSV.open() as file:
+        rows = list(csv.DictReader(file))
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     for (above, below), name in zip(figure.subplots(2, 2).T, ("accuracy", "FD_ratio")):
         for sampler in dict.fromkeys(row["sampler"] for row in rows):
-            line = [(r["evaluations"], r[name]) for r in rows if r["sampler"] == sampler and r["cfg_scale"] == 1]
-            above.plot(*zip(*line), marker="o", markersize=3, label=sampler)
-        for kind in dict.fromkeys(kind_of(row) for row in rows if row["cfg_scale"] > 1):
-            line = [(r["cfg_scale"], r[name]) for r in rows if kind_of(r) == kind]
-            label = "{}, {} steps, noise {} to {}".format(*kind)
-            below.plot(*zip(*line), marker="o", markersize=3, label=label)
-        label = f"{name.replace('_', ' ')}, {NUM_SAMPLES:,} images"
-        above.set(xscale="log", xlabel="network evaluations an image", ylabel=label)
-        below.set(xlabel="guidance scale", ylabel=label)
+            line = [r for r in rows if r["sampler"] == sampler and float(r["cfg_scale"]) == 1]
+            above.plot(*points(line, "evaluations", name), marker="o", markersize=3, label=sampler)
+        for kind in dict.fromkeys(kind_of(row) for row in rows if float(row["cfg_scale"]) > 1):
+            line = [r for r in rows if kind_of(r) == kind]
+            sampler, steps, low, high = kind
+            where = "throughout" if (float(low), float(high)) == (0, 1) else f"at noise {low} to {high}"
+            label = f"{sampler}, {steps} steps, {where}"
+            below.plot(*points(line, "cfg_scale", name), marker="o", markersize=3, label=label)
+        above.set(title="no guidance", xscale="log", xlabel="network evaluations an image")
+        above.set_xticks([1, 2, 5, 10, 20, 50, 250], [1, 2, 5, 10, 20, 50, 250])
+        below.set(title="with guidance", xlabel="guidance scale")
         for axes in (above, below):
             axes.grid(alpha=0.3)
-            axes.legend()
             if name == "FD_ratio":
-                axes.set(yscale="log")
-                axes.axhline(1, color="black", linestyle=":")  # real digits
+                axes.set(yscale="log", ylabel=f"FD ratio, {NUM_SAMPLES:,} images")
+                ticks = [1, 2, 5, 10, 20, 50, 100] if axes is above else [1, 2, 5, 10, 20]
+                axes.set_yticks(ticks, ticks)
+                axes.axhline(1, color="black", linestyle=":", label="real digits")
             else:
-                axes.set(ylim=(0.9, 1.005))  # a single step, 0.1 to 0.2, is not worth the room
-    with writing(path) as file:
+                # a single step, 0.1 to 0.2, is not worth the room
+                axes.set(ylim=(0.9, 1.005), ylabel=f"accuracy, {NUM_SAMPLES:,} images")
+            axes.minorticks_off()
+            axes.legend(fontsize="small")
+    with writing(CSV.with_suffix(".png")) as file:
         figure.savefig(file, format="png", dpi=100)
 
 
+def points(rows: list[dict], x: str, y: str) -> tuple[list[float], list[float]]:
+    """Two columns of the rows, as numbers."""
+    return [float(row[x]) for row in rows], [float(row[y]) for row in rows]
+
+
 def main() -> None:
-    paths = sys.argv[1:] or [ROOT / "model.pth", ROOT / "runs" / "flow" / "model.pth"]
+    paths = sys.argv[1:] or [ROOT / "model.pth", ROOT / "runs/flow/model.pth"]
     rows = [row for path in paths for row in measure(path)]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with writing(ROOT / "docs" / "quality.csv") as file:
+    with writing(CSV) as file:
         file.write(text.getvalue().encode())
-    plot(rows, ROOT / "docs" / "quality.png")
+    plot()
 
 
 if __name__ == "__main__":

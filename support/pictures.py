@@ -81,10 +81,14 @@ def save_png(images: Tensor, path: str | Path, columns: int) -> None:
 def save_loss_plot(path: Path, rows: list[str]) -> None:
     """loss.csv as a picture."""
     from matplotlib.figure import Figure  # here, for it takes a second
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.plot([int(row.split(",")[0]) for row in rows], [float(row.split(",")[1]) for row in rows])
     axes.set(xlabel="step", ylabel="training loss", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     with writing(path) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -1,0 +1,114 @@
+"""README, docs/ and the notebooks' prose name what exists: files, modules and their parts, flags, headings."""
+
+import importlib
+import json
+import re
+import tokenize
+
+import pytest
+from conftest import ROOT
+
+from config import PRESETS, Config
+
+SOURCES = [path for room in (".", "support", "loaders", "variants", "docs") for path in (ROOT / room).glob("*.py")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
+NOT_OURS = "diffusers torchmetrics kill config.json .bin .safetensors sd-vae-ft-ema itertools.islice data/".split()
+
+
+def prose_of(page) -> str:
+    """A page's markdown."""
+    if page.suffix == ".md":
+        return page.read_text()
+    cells = json.loads(page.read_text())["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+def code_of(page) -> str:
+    """A notebook's code."""
+    if page.suffix == ".md":
+        return ""
+    cells = json.loads(page.read_text())["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+def words_of_the_code() -> set[str]:
+    """Every name in the sources, and every string without a space: fields' choices, flags, files."""
+    words = set()
+    for path in SOURCES:
+        with path.open("rb") as file:
+            for token in tokenize.tokenize(file.readline):
+                if token.type == tokenize.NAME:
+                    words.add(token.string)
+                elif token.type == tokenize.STRING and not re.search(r"\s", token.string):
+                    words.add(token.string.strip("\"'"))
+                elif token.type == tokenize.STRING and not token.string.startswith('"""'):
+                    words |= set(token.string.strip("\"'").split())
+    return words
+
+
+WORDS = words_of_the_code()
+FLAGS = (
+    {"--help"}
+    | {"--" + name.replace("_", "-") for name in Config.__dataclass_fields__}
+    | {w for w in WORDS if w[:2] == "--"}
+)
+
+
+def names_in(text: str) -> set[str]:
+    """What stands in backticks and looks like the name of something: no blanks, no brackets."""
+    return set(re.findall(r"`([A-Za-z_][\w./-]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)))
+
+
+def exists(name: str, code: str) -> bool:
+    """Whether a file, a module, a part of one, or at least a word of the code bears this name."""
+    folders = [ROOT, ROOT / "support", ROOT / "docs", ROOT / "notebooks"]
+    if name in WORDS or name in PRESETS or name in NOT_OURS or any((folder / name).exists() for folder in folders):
+        return True
+    if name.startswith("runs/") or re.search(rf"\b{re.escape(name)}\b", code):  # what a run writes, a variable's part
+        return True
+    owner, *parts = name.split(".")
+    modules = {path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES}
+    if parts and owner not in modules:  # Class.method
+        return any(has(vars(importlib.import_module(module)).get(owner), parts) for module in modules.values())
+    return bool(parts) and has(importlib.import_module(modules[owner]), parts)
+
+
+def has(thing, parts: list[str]) -> bool:
+    """Whether thing.a.b exists."""
+    for part in parts:
+        thing = getattr(thing, part, None)
+    return thing is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_is_named_exists(page):
+    code = code_of(page)
+    missing = sorted(name for name in names_in(prose_of(page)) if not exists(name, code))
+    assert not missing
+
+
+def test_a_name_that_is_gone_is_seen():
+    assert exists("Diffusion.ddim_step", "") and exists("dataset.py", "") and exists("predict_x0", "")
+    for name in ("Diffusion.no_such_step", "no_such_step", "diffusion.no_such_step", "mnist.py", "classifier/judge.py"):
+        assert not exists(name, ""), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = prose_of(page)
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, heading = link.partition("#")
+        if "://" in link:
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", prose_of(target), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_exist(page):
+    text = re.sub(r"(pip|ruff|time|tests?/\S+|nbconvert)[^`\n]*", "", prose_of(page))  # other programs' flags
+    missing = sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - FLAGS)
+    assert not missing
