@@ -12,6 +12,7 @@ unlike there, the network predicts x_0. Each figure is from 2,000 images. notebo
 import csv
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from benchmark import count_gflops
 from config import ROOT, Config, preset
