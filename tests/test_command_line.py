@@ -244,7 +244,9 @@ def test_a_script_whose_first_line_comes_last_says_nothing_of_a_reader_that_has_
     reader, writer = os.pipe()
     os.close(reader)
     script = "from support.command_line import run_script\nrun_script(lambda: print('x'))"
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    asked = dict(cwd=ROOT, env=buffered, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", script], **asked)
     os.close(writer)
     assert (result.returncode, result.stderr) == (0, "")
 
