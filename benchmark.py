@@ -16,10 +16,10 @@ bf16 means autocast, for both; the weights stay fp32. "Compiled" is torch.compil
 in a fixed order (torch.use_deterministic_algorithms), which costs time on a GPU; here both networks go without.
 """
 
-from support.command_line import Parser, run_script, start_quietly
+from support.start import start_quietly
 
-if __name__ == "__main__":
-    start_quietly()  # before the slow imports
+if __name__ in ("__main__", "__mp_main__"):  # the latter in the processes that measure memory
+    start_quietly()  # before all else is imported
 
 import json
 import math
@@ -44,7 +44,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import PAPER_MODELS, Config, preset
 from dit import DiT
-from support.checkpoint import build_model
+from support.checkpoint import build_model, check_size
+from support.command_line import Parser, run_script
 from support.errors import UserError
 from support.files import check_path, writing
 from support.machine import choose_device, choose_precision, compile_network
@@ -365,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
     basics = parser.group("basics")
     basics.add_argument("--models", metavar="NAMES", help="digits or the paper's, with commas (default: by device)")
     basics.add_argument("--modes", metavar="NAMES", help="forward, training (default: forward,training)")
-    parser.add_number("--batch-size", "images (default: by tokens, so by model)", "basics", most=2**20)
+    parser.add_number("--batch-size", "images at a time (default: by the model's tokens)", "basics", most=2**20)
     parser.add_number("--repeats", "rounds of timing (default: 5)", "basics", most=10**6)
     basics.add_argument("--compile", choices=("on", "off"), help="time the networks compiled too (default: on)")
     basics.add_argument("--json", metavar="FILE", help="write all figures there too")
@@ -385,6 +386,10 @@ def main(argv: list[str] | None = None) -> None:
     def batch_size(config: Config) -> int:
         tokens = (config.image_size // config.patch_size) ** 2
         return given.get("batch_size", max(1, BATCH_TOKENS.get(device.type, 2048) // tokens))
+
+    for config in configs.values():  # of the weights at least one copy, in training their gradients and moments too
+        sizes = config.replace(batch_size=batch_size(config), activation_checkpointing="training" not in modes)
+        check_size(sizes, device, copies=4 if "training" in modes else 1)
 
     machine = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     machine["diffusers"] = version("diffusers") if find_spec("diffusers") else None

@@ -8,24 +8,14 @@ alone; support/checkpoint.py has the classes that they stand for.
 import dataclasses
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.errors import UserError, check_limits
+from support.errors import UserError
+from support.options import check_option, option
 
 ROOT = Path(__file__).parent  # default paths start here, wherever a command is called from
-
-
-def option(default: Any, help: str, type: Callable = str, choices: tuple = (), group: str = "", **limits: float) -> Any:
-    """A field of Config: its default, its meaning, how a flag's text is read, and the values it may take.
-
-    A group is the heading in --help of this field and of those after it; limits are those of check_limits.
-    """
-    metadata = {"help": help, "type": type, "choices": choices, "group": group, "limits": limits}
-    return dataclasses.field(default=default, metadata=metadata)
-
 
 # What the network may predict in each process, what each samples with, and the options that only it has.
 PREDICTIONS = {"diffusion": ("noise", "x0", "v"), "flow_matching": ("x0", "v")}
@@ -77,7 +67,12 @@ class Config:
     checkpoint_every: int = option(1000, "steps between checkpoints", int, least=1, most=10**9)
 
     image_size: int | None = option(
-        None, "height and width in pixels; larger pads", int, group="network", least=1, most=2**14
+        None,
+        "height and width in pixels, larger pads (default: the images')",
+        int,
+        group="network",
+        least=1,
+        most=2**14,
     )
     in_channels: int = option(1, "channels of an image; comes from the dataset", int, least=1, most=2**14)
     num_classes: int = option(10, "number of labels; comes from the dataset", int, least=1, most=10**7)
@@ -122,17 +117,7 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse what cannot work, before anything starts."""
         for field in dataclasses.fields(self):
-            value, meta = getattr(self, field.name), field.metadata
-            kind, choices = meta["type"], meta["choices"]
-            if value is None and field.default is None:
-                continue
-            if not isinstance(value, (int, float) if kind is float else kind):
-                raise UserError(f"{field.name} {value!r} is not of type {kind.__name__}")
-            if choices and value not in choices:
-                raise UserError(f"{field.name} {value!r} is not one of {', '.join(choices)}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{field.name} is {value}; give a finite number")
-            check_limits(field.name, value, **meta["limits"])
+            check_option(field, getattr(self, field.name))
         if self.batch_size % self.accumulation_steps:
             parts = self.accumulation_steps
             raise UserError(f"accumulation_steps is {parts}; it must be a divisor of batch_size, {self.batch_size}")
@@ -156,6 +141,8 @@ class Config:
                 raise UserError(f"{name} {value!r} is not one of process {self.process}'s: {', '.join(known)}")
         if self.learn_sigma and self.process != "diffusion":
             raise UserError(f"learn_sigma is an option of process diffusion, not of {self.process}; leave it out")
+        if self.num_classes == 1 and not self.label_dropout and self.cfg_scale != 1:
+            raise UserError(f"cfg_scale is {self.cfg_scale}; a model of one class has nothing to be guided by; give 1")
         if self.eta and self.sampler != "ddim":
             raise UserError(f"eta {self.eta} is an option of sampler ddim, not of {self.sampler}; leave it out")
 

@@ -5,10 +5,10 @@ animation (--gif), a grid (--num-samples) and arrays for evaluation (--num-sampl
 as the paper's own, need a VAE that decodes them (--vae).
 """
 
-from support.command_line import Parser, run_script, shown, start_quietly
+from support.start import start_quietly
 
 if __name__ == "__main__":
-    start_quietly()  # before the slow imports
+    start_quietly()  # before all else is imported
 
 import math
 import time
@@ -17,17 +17,18 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from config import ROOT, SAMPLING, Config
 from dataset import denormalize
 from dit import DiT
 from support.autoencoder import decode, load_vae
 from support.checkpoint import build_process, load_model
+from support.command_line import Parser, Progress, counted, parse_labels, run_script, shown
 from support.errors import UserError
 from support.files import check_path, writing
 from support.machine import check_memory, choose_device
 from support.pictures import frames_shown, save_gif, save_png, save_strip
+from support.published import PUBLISHED
 
 BATCH_SIZE, MOST_TOKENS = 500, 50_000  # of what is drawn at a time; part of what a seed means
 
@@ -55,7 +56,7 @@ def draw_images(model: DiT, config: Config, y: Tensor, generator: Generator) -> 
     Which noise an image starts from, and which a step of ddpm adds, depends on the images drawn together with it.
     """
     parts, images = y.split(max(1, min(BATCH_SIZE, MOST_TOKENS // model.pos_embed.shape[1]))), []
-    with tqdm(total=len(parts) * (config.sample_steps + 1), unit="step", leave=False, disable=None) as bar:
+    with Progress(len(parts) * (config.sample_steps + 1), "sampling") as bar:
         for part in parts:
             for x in denoise(model, config, part, generator):
                 bar.update()
@@ -92,21 +93,6 @@ def describe_sampling(config: Config) -> str:
     )
 
 
-def parse_labels(text: str, num_classes: int) -> list[int]:
-    """[207, 360] from "207,360"; without a comma each character is a label where there are at most 10 classes."""
-    separate = "," in text or num_classes > 10
-    try:
-        labels = [int(label) for label in (text.removesuffix(",").split(",") if separate else text)]
-    except ValueError:
-        labels = []
-    if not labels:
-        raise UserError(f"labels {text!r}: give digits, such as 0123, or numbers with commas, such as 207,360")
-    for label in labels:
-        if not 0 <= label < num_classes:
-            raise UserError(f"label {label} is not one of the model's {num_classes} classes, 0 to {num_classes - 1}")
-    return labels
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Turn noise into images with a trained DiT.")
     basics = parser.group("basics")
@@ -114,16 +100,19 @@ def main(argv: list[str] | None = None) -> None:
     basics.add_argument(
         "--labels", metavar="LABELS", help="a digit a character, or numbers with commas (default: all; of many, ten)"
     )
-    basics.add_argument("--output", metavar="FILE", help="the picture (default: the repository's inference.png)")
-    basics.add_argument("--gif", metavar="FILE", help="write an animation")
-    parser.add_number(
-        "--num-samples", "draw so many as a grid, the labels in turn (default: all)", "basics", most=10**8
+    basics.add_argument(
+        "--output",
+        metavar="FILE",
+        help="the picture: a row for each label, noise to image (default: the repository's inference.png)",
     )
-    basics.add_argument("--npz", metavar="FILE", help="write the --num-samples as arrays: arr_0 images, arr_1 labels")
+    basics.add_argument("--gif", metavar="FILE", help="an animation of the way there")
+    parser.add_number("--num-samples", "a grid of so many, the labels in turn, not the way there", "basics", most=10**8)
+    basics.add_argument("--npz", metavar="FILE", help="the --num-samples as arrays: arr_0 images, arr_1 labels")
     parser.add_fields("seed", default="the checkpoint's")
     parser.add_fields(*SAMPLING, default="the checkpoint's")
     parser.add_fields("device", title="machine")
     parser.group("network").add_argument("--vae", metavar="DIR", help="folder of the autoencoder of a model of latents")
+    parser.group("network").add_argument("--published", choices=PUBLISHED, help="whose weights, if a file cannot tell")
     given = vars(parser.parse_args(argv))
     output, gif, npz, text, folder = (given.pop(name, None) for name in ("output", "gif", "npz", "labels", "vae"))
     num_samples = given.pop("num_samples", None)
@@ -138,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
             check_path(flag, path, suffix)
 
     device = choose_device(given.pop("device", "auto"))
-    model, config = load_model(given.pop("checkpoint", ROOT / "model.pth"), device)
+    model, config = load_model(given.pop("checkpoint", ROOT / "model.pth"), device, given.pop("published", None))
     vae = load_vae(folder, config, device)
     config = config.replace(**given)
     labels = list(range(config.num_classes)) if text is None else parse_labels(text, config.num_classes)
@@ -147,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     if num_samples is None and len(labels) > 100:
         raise UserError(f"{len(labels)} labels are too many for one picture; draw them with --num-samples")
     count = num_samples or len(labels)
-    check_memory(8 * count * config.in_channels * config.image_size**2, f"{count:,} images", "draw fewer")
+    check_memory(8 * count * config.in_channels * config.image_size**2, f"{count:,} images", "draw fewer", device)
     y = torch.tensor(labels, device=device).repeat(math.ceil(count / len(labels)))[:count]
     generator = Generator(device).manual_seed(config.seed)
 
@@ -157,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         columns, film = (frames_shown(config.sample_steps, most) for most in (13, 50))
         kept = {*(columns if output else ()), *(film if gif else ())}  # of a thousand steps all would fill the memory
-        way = tqdm(denoise(model, config, y, generator), total=config.sample_steps + 1, leave=False, disable=None)
+        way = counted(denoise(model, config, y, generator), config.sample_steps + 1, "sampling")
         frames = {i: decode(vae, x).cpu() for i, x in enumerate(way) if i in kept}
     seconds = time.perf_counter() - start
 

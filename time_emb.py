@@ -33,4 +33,5 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t, self.frequency_embedding_size))
+        features = timestep_embedding(t, self.frequency_embedding_size)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))  # of a model in half or double precision too

@@ -4,36 +4,35 @@ Every step draws images, labels, timesteps and noise from a generator seeded by 
 checkpoint holds all the rest; so a run that is cut off anywhere and resumed ends with the same bits.
 """
 
-from support.command_line import Parser, command, run_script, shown, start_quietly
+from support.start import start_quietly
 
 if __name__ == "__main__":
-    start_quietly()  # before the slow imports
+    start_quietly()  # before all else is imported
 
 import copy
 import dataclasses
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from config import OPTIONS, Config, preset
-from dataset import Dataset, load_dataset, normalize
+from config import Config, preset
+from dataset import load_dataset, normalize
 from diffusion import Diffusion
 from inference import denoise
-from support.checkpoint import build_model, build_process, check_size, load_checkpoint, model_config, restore_optimizer
-from support.errors import UserError
-from support.files import append_line, locked, save_file, warn, writing
+from support.checkpoint import build_model, build_process, check_size
+from support.command_line import Parser, command, run_script
+from support.files import locked
 from support.machine import choose_compile, choose_device, choose_precision, compile_network, deferred_signals
 from support.pictures import save_loss_plot, save_png
-
-FREE_ON_RESUME = ("out_dir", "data_dir", "device", "sample_every", "checkpoint_every")
+from support.run_log import RunLog, print_summary
+from support.run_state import diverged, refuse_trained, restore_run, resumed, save_run
 
 
 def learning_rate_at(step: int, config: Config) -> float:
@@ -97,25 +96,11 @@ def save_samples(path: Path, ema: nn.Module, config: Config, device: torch.devic
     save_png(x, path, columns=8)
 
 
-def print_summary(config: Config, model: nn.Module, data: Dataset, device: torch.device, step: int) -> None:
-    """What will be done, before it is: a line on each part."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    options = ("prediction", *OPTIONS[config.process], "time_sampling", "time_mean")
-    print(f"device     {device}, {config.precision}, {torch.get_num_threads()} threads, compile {config.compile}")
-    print(f"data       {data.name}: {len(data.images):,} images of {tuple(data.images.shape[1:])}", end="")
-    print(f", {config.num_classes} labels")
-    print(f"model      {parameters:,} parameters: hidden {config.hidden_size}, depth {config.depth}, {config.block}")
-    print(f"process    {config.process}: " + ", ".join(f"{name} {getattr(config, name)}" for name in options))
-    print(f"steps      {step:,} of {config.train_steps:,} done, {config.batch_size} images each")
-    print(f"files      {shown(config.run_dir)}/: checkpoint.pth, model.pth, loss.csv, loss.png, samples/", flush=True)
-
-
 def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     """Train until config.train_steps, from scratch or on from a checkpoint's state; returns the run's folder."""
     out_dir = config.run_dir
-    for name in ("checkpoint.pth", "model.pth"):
-        if not state and (out_dir / name).exists():
-            raise UserError(f"{out_dir / name} is there already; go on with --resume, or give another --out-dir")
+    if not state:
+        refuse_trained(out_dir)
     device = choose_device(config.device)
     data = load_dataset(config.dataset, config.data_folder, image_size=config.image_size)
     config = config.replace(
@@ -137,60 +122,36 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    process = build_process(config)
-    optimizers = build_optimizers(model, config)
-    generator = torch.Generator(device)
-    # The same bits need the same of these.
-    made_with = {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": device.type}
-    step, rows, loss_sum, loss_count, seconds = 0, [], 0.0, 0, 0.0  # sum, count and seconds are since the last row
-    if state:
-        step, rows, loss_sum, loss_count, seconds = state["progress"]
-        try:
-            model.load_state_dict(state["model"])
-            ema.load_state_dict(state["ema"])
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                restore_optimizer(optimizer, saved, step)
-        except Exception as error:  # a file can lie in more ways than can be listed
-            raise UserError(f"{out_dir}/checkpoint.pth does not fit its config or the data {data.name}") from error
-        for name, value in state.get("made_with", {}).items():
-            if value != made_with.get(name):
-                warn(f"the run was on {name} {value}, now it is {made_with.get(name)}: sums may round differently")
+    process, optimizers, generator = build_process(config), build_optimizers(model, config), torch.Generator(device)
+    step, *counters = restore_run(state, out_dir, model, ema, optimizers) if state else (0, [], 0.0, 0, 0.0)
 
-    def save_checkpoint() -> None:
-        if not all(parameter.isfinite().all() for parameter in (*model.parameters(), *ema.parameters())):
-            raise UserError(f"the weights are not finite after step {step}; {advice}")
-        content = {"config": vars(config), "model": model.state_dict(), "ema": ema.state_dict()}
-        content |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "made_with": made_with}
-        content |= {"progress": [step, rows, loss_sum, loss_count, seconds]}
-        save_file(content, out_dir / "checkpoint.pth")
-        save_file({"model": ema.state_dict(), "config": model_config(config)}, out_dir / "model.pth")
+    def try_step(network: nn.Module) -> Tensor:
+        x0, y, *drawn = next(draw_batch(images, labels, process, config, generator))
+        return process.loss(autocast(network), x0, y, drawn=drawn)
 
-    advice = f"{out_dir}/checkpoint.pth is from before; begin anew with a smaller --learning-rate, in another --out-dir"
     (out_dir / "samples").mkdir(parents=True, exist_ok=True)
-    with locked(out_dir), deferred_signals() as signals:
+    print_summary(config, model, data, device, step)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    compiling = config.compile == "on" and step < config.train_steps
+    network = autocast(compile_network(model, try_step) if compiling else model)  # Ctrl-C may still act at once
+    with (
+        locked(out_dir),
+        deferred_signals() as signals,
+        closing(RunLog(config, out_dir / "loss.csv", step, *counters)) as log,
+    ):
+
+        def save_checkpoint() -> None:
+            save_run(out_dir, config, model, ema, optimizers, [step, *log.counters()])
+
         if not state:
             save_checkpoint()  # so that there is something to resume from the first moment on
-        print_summary(config, model, data, device, step)
-        with writing(out_dir / "loss.csv") as csv:
-            lines = ["step,loss,learning_rate,images_per_second", *rows]
-            csv.write("".join(line + "\n" for line in lines).encode())
-
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-
-        def try_step(network: nn.Module) -> Tensor:
-            x0, y, *drawn = next(draw_batch(images, labels, process, config, generator))
-            return process.loss(autocast(network), x0, y, drawn=drawn)
-
-        compiling = config.compile == "on" and step < config.train_steps
-        network = autocast(compile_network(model, try_step) if compiling else model)
-        bar = tqdm(total=config.train_steps, initial=step, unit="step", disable=step >= config.train_steps or None)
-        first_step, last_line = step, time.perf_counter()
-        clock = start = time.perf_counter()
         while step < config.train_steps and not signals:
+            start = time.perf_counter()
             generator.manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # runs of other seeds start far away
             learning_rate = learning_rate_at(step, config)
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = learning_rate
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
 
             loss = torch.zeros((), device=device)
             for x0, y, *drawn in draw_batch(images, labels, process, config, generator):  # the batch, or parts of it
@@ -203,72 +164,35 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
                 optimizer.zero_grad()
             update_ema(ema, model, ema_decay_at(step, config))
 
-            step, loss_sum, loss_count = step + 1, loss_sum + loss.item(), loss_count + 1
+            step += 1
             if not math.isfinite(loss.item() + norm.item()):
-                what = f"the loss is {loss.item()} and its gradient's norm {norm.item()} at step {step}"
-                raise UserError(f"{what}; {advice}")
-            seconds, clock = seconds + time.perf_counter() - clock, time.perf_counter()
-            done = step == config.train_steps
-            bar.update()
-            if step % config.log_every == 0 or done:
-                mean, speed = loss_sum / loss_count, loss_count * config.batch_size / seconds
-                rows.append(f"{step},{mean:.6f},{learning_rate:.6g},{speed:.1f}")
-                append_line(out_dir / "loss.csv", rows[-1])
-                progress = f"loss {mean:.4f}, {speed:,.0f} images/s"
-                bar.set_postfix_str(progress)
-                if bar.disable and (clock - last_line > 60 or done):  # nobody watches: a line now and then
-                    print(f"step {step:,} of {config.train_steps:,}: {progress}", flush=True)
-                    last_line = clock
-                loss_sum, loss_count, seconds = 0.0, 0, 0.0
-            if step == first_step + 50 and not done:
-                minutes = (time.perf_counter() - start) / 50 * (config.train_steps - step) / 60
-                tqdm.write(f"about {minutes:.1f} minutes to go")
-            if step % config.checkpoint_every == 0 and not done:
+                raise diverged(out_dir, f"the loss is {loss.item()}, its gradient's norm {norm.item()}", step)
+            log.add(step, loss.item(), learning_rate, time.perf_counter() - start)
+            if step % config.checkpoint_every == 0 and step < config.train_steps:
                 save_checkpoint()
-                clock = time.perf_counter()
-            if step % config.sample_every == 0 and not done:
+            if step % config.sample_every == 0 and step < config.train_steps:
                 save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, device)
-                clock = time.perf_counter()
-        bar.close()
         save_checkpoint()
 
-    save_loss_plot(out_dir / "loss.png", rows)
+    save_loss_plot(out_dir / "loss.png", log.rows)
     if step < config.train_steps:
-        print(f"stopped at step {step:,}; to go on: {command('train.py', '--resume', '--out-dir', shown(out_dir))}")
+        print(f"stopped at step {step:,}; to go on: {command('train.py', '--resume', '--out-dir', out_dir)}")
         sys.exit(128 + signals[0])
     save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, device)
-    print(f"done; to see digits: {command('inference.py', '--checkpoint', shown(out_dir / 'model.pth'))}")
+    print(f"done; to see digits: {command('inference.py', '--checkpoint', out_dir / 'model.pth')}")
     return out_dir
 
 
-def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
-    """The config and state of the checkpoint to go on from; UserError if it is not there or a flag contradicts it."""
-    chosen = {name: given[name] for name in ("preset", "out_dir") if name in given}
-    path = Config(**chosen).run_dir / "checkpoint.pth"
-    if not path.exists():
-        raise UserError(f"nothing to resume: {path} does not exist; leave out --resume, or name the run's --out-dir")
-    config, state = load_checkpoint(path)
-    free = FREE_ON_RESUME + (("train_steps",) if config.lr_decay == "constant" else ())
-    for name, value in given.items():
-        if name not in free and value not in (getattr(config, name), "auto"):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {value} differs from the run's {getattr(config, name)}; leave it out to resume")
-    if os.environ.get("DATA_DIR"):  # today's, unless a flag says otherwise, not that of then
-        config = config.replace(data_dir=None)
-    changes = {name: value for name, value in given.items() if name in free}
-    return config.replace(**{**changes, "out_dir": str(path.parent)}), state
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("Train a DiT on digits.")
+    parser = Parser("Train a DiT on digits. Defaults are those of preset digits.")
     parser.add_fields(*(f.name for f in dataclasses.fields(Config) if f.name not in ("in_channels", "num_classes")))
     resume_help = "go on from the checkpoint in --out-dir, exactly"
     parser.group("basics").add_argument("--resume", action="store_true", help=resume_help)
     given = vars(parser.parse_args(argv))
     if given.pop("resume", False):
         train(*resumed(given))
-        return
-    train(preset(given.pop("preset", "digits"), **given))
+    else:
+        train(preset(given.pop("preset", "digits"), **given))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ unlike there, the network predicts x_0. Each figure is from 2,000 images. notebo
 import csv
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from benchmark import count_gflops
 from config import ROOT, Config, preset
@@ -20,9 +19,11 @@ from docs.quality import scorer
 from support.checkpoint import load_model
 from support.command_line import run_script
 from support.errors import UserError
-from train import resumed, train
+from support.files import append_line
+from support.run_state import resumed
+from train import train
 
-CSV = Path(__file__).with_suffix(".csv")
+CSV = ROOT / "docs" / "paper.csv"
 COLUMNS = "experiment block patch_size hidden_size depth seed step sample_steps parameters gflops accuracy FD_ratio"
 NUM_SAMPLES = 2000
 RECIPE = dict(learning_rate=1e-3, lr_decay="constant", compile="off", sampler="ddpm", cfg_scale=1.0)
@@ -55,7 +56,7 @@ def measure(experiment: str, config: Config, sample_steps: int, score: Callable)
     """Train a network, or go on, until config.train_steps; the other columns of its row."""
     run = "blocks" if experiment == "blocks" else "sizes"  # sampling is from the networks of sizes
     name = "-".join(key_of(run, config, 0, 0)[:6])
-    config = config.replace(out_dir=str(ROOT / "runs/paper" / name))
+    config = config.replace(out_dir=str(ROOT / "runs" / "paper" / name))
     if (config.run_dir / "checkpoint.pth").exists():
         train(*resumed({"out_dir": config.out_dir, "train_steps": config.train_steps}))
     else:
@@ -68,7 +69,7 @@ def measure(experiment: str, config: Config, sample_steps: int, score: Callable)
 def main() -> None:
     score = scorer("mnist", NUM_SAMPLES)
     if not CSV.exists():
-        CSV.write_text(COLUMNS.replace(" ", ",") + "\n")
+        append_line(CSV, COLUMNS.replace(" ", ","))
     for experiment in sys.argv[1:] or ("blocks", "sizes", "sampling"):
         for fields, step, sample_steps in plan(experiment):
             config = preset(**RECIPE, **fields, train_steps=step, dataset="mnist", image_size=28)
@@ -77,8 +78,7 @@ def main() -> None:
                 done = [row[: len(key)] for row in csv.reader(file)]
             if key not in done:
                 row = key + measure(experiment, config, sample_steps, score)
-                with CSV.open("a", newline="") as file:
-                    csv.writer(file, lineterminator="\n").writerow(row)
+                append_line(CSV, ",".join(map(str, row)))
 
 
 if __name__ == "__main__":

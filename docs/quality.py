@@ -7,6 +7,7 @@ README's 10,000. To draw the picture alone: `python -c "from docs import quality
 """
 
 import csv
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from inference import draw_images, network_evaluations
 from support.checkpoint import load_model
 from support.classifier import HELD_OUT, judge_of
 from support.command_line import run_script
+from support.files import writing
 
 CSV = Path(__file__).with_suffix(".csv")
 NUM_SAMPLES = 1000
@@ -110,7 +112,8 @@ def plot() -> None:
                 axes.set(ylim=(0.9, 1.005), ylabel=f"accuracy, {NUM_SAMPLES:,} images")
             axes.minorticks_off()
             axes.legend(fontsize="small")
-    figure.savefig(CSV.with_suffix(".png"), dpi=100)
+    with writing(CSV.with_suffix(".png")) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def points(rows: list[dict], x: str, y: str) -> tuple[list[float], list[float]]:
@@ -121,10 +124,12 @@ def points(rows: list[dict], x: str, y: str) -> tuple[list[float], list[float]]:
 def main() -> None:
     paths = sys.argv[1:] or [ROOT / "model.pth", ROOT / "runs/flow/model.pth"]
     rows = [row for path in paths for row in measure(path)]
-    with CSV.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with writing(CSV) as file:
+        file.write(text.getvalue().encode())
     plot()
 
 

@@ -4,7 +4,9 @@ Each image is a random digit of a random font, stretched, sheared, turned, shift
 thickened. 60,000 take about two seconds, because the work is one `grid_sample` over tables of distances.
 """
 
+import hashlib
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from support.errors import UserError
-from support.files import load_file, save_file
+from support.errors import DamagedFile, UserError
+from support.files import load_file, save_file, warn
 
 GLYPH_FONTS = (
     "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono DejaVuSansMono-Bold "
@@ -76,23 +78,35 @@ def draw_glyphs(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
+def drawn_by() -> str:
+    """A key of all that the glyphs follow from: this file and matplotlib's fonts."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest() + " " + version("matplotlib")
+
+
 def load_glyphs(data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
     """The offline stand-in for MNIST: 60,000 + 10,000 digits drawn from matplotlib's fonts, cached in data_dir.
 
     Raises:
-        UserError: if the cached file is damaged, naming it.
+        UserError: if the cached file is damaged, or cannot be read.
     """
     path = Path(data_dir) / "glyphs" / ("train.pth" if train else "test.pth")
     if path.exists():
         try:
-            images, labels = load_file(path)
-            return images.view(-1, 1, 28, 28), labels.view(len(images))
-        except Exception as error:
-            raise UserError(f"{path} is damaged; delete it to have the glyphs drawn anew") from error
+            content = load_file(path)
+        except DamagedFile as error:
+            raise UserError(f"{error}; delete it to have the glyphs drawn anew") from error
+        try:
+            images, labels, *origin = content
+            images, labels = images.view(-1, 1, 28, 28), labels.view(len(images))
+        except Exception as error:  # a file can hold anything
+            raise UserError(f"{path} holds no glyphs; delete it to have them drawn anew") from error
+        if origin in ([], [drawn_by()]):  # earlier versions, which drew the same, did not keep it
+            return images, labels
+        warn(f"the glyphs of {path} were drawn in another way, so they are drawn anew")
     images, labels = draw_glyphs(60_000, seed=0) if train else draw_glyphs(10_000, seed=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file([images, labels], path)
+        save_file([images, labels, drawn_by()], path)
     except (OSError, UserError) as error:
         print(f"The glyphs are drawn anew each time: {error}", file=sys.stderr)
     return images, labels

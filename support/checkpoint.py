@@ -1,12 +1,12 @@
 """From files and configs to models and processes: what the names in a Config stand for, and what is believed of a file.
 
-`model.pth` is {"model": state_dict, "config": dict}: all that is needed to sample. `checkpoint.pth` is what a training
-run goes on from. Published weights, which say nothing of a config, are recognised by published.py.
+`model.pth` is {"model": state_dict, "config": dict}: all that is needed to sample. Published weights, which say nothing
+of a config, are recognised by published.py; what a training run goes on from is in run_state.py.
 """
 
 import dataclasses
 import inspect
-import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from config import Config
 from diffusion import Diffusion
 from dit import DiT
 from dit_block import DiTBlock
-from support.errors import UserError
-from support.files import load_file, read_file, warn
+from support.errors import UserError, is_memory_error
+from support.files import read_file, warn
 from support.machine import check_memory
-from support.published import DOWNLOADS, read_published, reason_of, sizes_of
+from support.published import DOWNLOADS, read_published, reason_of, sizes_of, weights_of
 from variants.conditioning import AdaLNBlock, CrossAttentionBlock, InContextBlock
 from variants.flow_matching import FlowMatching
 from variants.learned_variance import LearnedVariance
@@ -32,7 +32,12 @@ BLOCKS = {
     "adaLN-Zero": DiTBlock,
 }
 PROCESSES = {"diffusion": Diffusion, "flow_matching": FlowMatching}
-OF_EVERY_FILE = "image_size patch_size in_channels hidden_size depth num_heads num_classes".split()  # fields
+# The fields that every version has written, and that no default can stand for.
+OF_EVERY_FILE = "image_size patch_size in_channels hidden_size depth num_heads num_classes".split()
+OF_EVERY_FILE += ["process", "prediction", "schedule"]
+# What runs did before there was a field to say so, for files of that time.
+BEFORE = dict(block="adaLN-Zero", learn_sigma=False, clip_x0=True, time_sampling="uniform", time_mean=0.0)
+BEFORE |= dict(optimizer="adamw", cfg_low=0.0, cfg_high=1.0, accumulation_steps=1, activation_checkpointing=False)
 OF_THE_MACHINE = ("data_dir", "out_dir", "device")
 
 
@@ -66,11 +71,14 @@ def build_process(config: Config) -> Diffusion | FlowMatching:
     return process(**{name: value for name, value in vars(config).items() if name in options})
 
 
-def read_config(values: Any, path: str | Path) -> Config:
-    """A Config from what a file says of it, or UserError naming the file."""
+def read_config(values: Any, path: str | Path, needed: Iterable[str] = OF_EVERY_FILE) -> Config:
+    """A Config from what a file says of it, or UserError naming the file; the fields needed have to be there."""
     try:
-        for name in OF_EVERY_FILE:
+        if not isinstance(values, dict):
+            raise TypeError("it is no dict")
+        for name in needed:
             values[name]
+        values = {**BEFORE, **values}
         if isinstance(values.get("seed"), int):
             values = {**values, "seed": values["seed"] % 2**32}  # larger ones, once allowed, drew the same numbers
         return Config(**values)
@@ -80,6 +88,8 @@ def read_config(values: Any, path: str | Path) -> Config:
 
 def check_state(state: dict[str, Tensor], config: Config) -> DiT:
     """An empty model of a config's sizes; UserError unless the state dict fits it, name by name, and is finite."""
+    if not isinstance(state, dict):
+        raise UserError("its weights are no state dict")
     for name, value in sizes_of(state).items():
         if getattr(config, name) != value:
             raise UserError(f"its weights have {name} {value}, but its config says {getattr(config, name)}")
@@ -97,102 +107,58 @@ def check_state(state: dict[str, Tensor], config: Config) -> DiT:
     return model
 
 
-def check_size(config: Config, device: torch.device) -> None:
+def check_size(config: Config, device: torch.device, copies: int | None = None) -> None:
     """UserError, before the work, for a network that cannot be trained in the memory that is there.
 
-    Counted is the least it takes: weights, gradients, their average and AdamW's two moments, and of the activations
-    eight numbers for each feature of a token in each block.
+    Counted is the least it takes: weights, gradients, their average and the optimizer's moments, two of AdamW's, and
+    of the activations, for each feature of a token in each block, the six numbers that compiled code in bf16 keeps.
     """
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
+    copies = copies or (4 if config.optimizer == "muon" else 5)
     tokens = config.batch_size // config.accumulation_steps * (config.image_size // config.patch_size) ** 2
-    activations = tokens * config.hidden_size * (1 if config.activation_checkpointing else 8 * config.depth)
+    activations = tokens * config.hidden_size * config.depth * (1 if config.activation_checkpointing else 6)
     what = f"a network of {parameters:,} parameters with a batch of {config.batch_size}"
     advice = "try a smaller --hidden-size, --depth or --batch-size"
-    check_memory(4 * (5 * parameters + activations), what, advice, device)
+    check_memory(4 * (copies * parameters + activations), what, advice, device)
 
 
-def load_checkpoint(path: str | Path) -> tuple[Config, dict[str, Any]]:
-    """The config and the state of a checkpoint.pth: {config, model, ema, optimizers, progress, made_with}.
-
-    Raises:
-        UserError: unless all that resuming uses fits the config, but for the optimizers: see restore_optimizer.
-    """
-    state = load_file(path)
-    needed = {"config", "model", "ema", "optimizers", "progress"}
-    if not isinstance(state, dict) or not needed <= state.keys() <= needed | {"made_with"}:
-        raise UserError(f"{path} is not a checkpoint of train.py")
-    config = read_config(state["config"], path)
-    try:
-        for name in ("model", "ema"):
-            check_state(state[name], config)
-        check_progress(*state["progress"], config.train_steps)
-        dict(state.get("made_with", {}))
-    except Exception as error:  # a file can lie in more ways than can be listed
-        raise UserError(f"{path} holds no run to go on with: {reason_of(error)}") from error
-    return config, state
-
-
-def check_progress(
-    step: int, rows: list[str], loss_sum: float, loss_count: int, seconds: float, train_steps: int
-) -> None:
-    """UserError unless a checkpoint's counters can be those of a run."""
-    counters = f"step {step}, {loss_count} losses of sum {loss_sum} in {seconds} seconds"
-    whole = isinstance(step, int) and isinstance(loss_count, int)
-    if not (whole and 0 <= step <= train_steps and 0 <= loss_count <= step and math.isfinite(loss_sum + seconds)):
-        raise UserError(f"it says {counters}, of {train_steps} steps")
-    for row in rows:
-        if len([float(figure) for figure in row.split(",")]) != 4:
-            raise UserError(f"its row {row!r} is none of loss.csv")
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], step: int) -> None:
-    """Give a fresh optimizer the moments of a saved one; its settings stay the config's.
-
-    Raises:
-        UserError: unless there are finite moments of the right shape for each parameter, after `step` steps.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    muon = isinstance(optimizer, torch.optim.Muon)
-    names = {"momentum_buffer"} if muon else {"step", "exp_avg", "exp_avg_sq"}
-    if set(saved["state"]) != set(range(len(parameters) if step else 0)):
-        raise UserError("its optimizer has not a state for each parameter")
-    state = {}
-    for index, moments in saved["state"].items():
-        if moments.keys() != names:
-            raise UserError(f"its optimizer holds {', '.join(moments)}, not {', '.join(sorted(names))}")
-        for name, tensor in moments.items():
-            shape = () if name == "step" else parameters[index].shape
-            if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.isfinite().all():
-                raise UserError(f"{name} of its optimizer is {tuple(tensor.shape)}, or not finite; it must be {shape}")
-        if not muon and moments["step"] != step:
-            raise UserError(f"its optimizer has taken {moments['step']:.0f} steps, not {step}")
-        state[index] = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in moments.items()}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[DiT, Config]:
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", published: str | None = None
+) -> tuple[DiT, Config]:
     """The model of a model.pth or of published weights, in evaluation mode, and its config.
 
+    Args:
+        path: the file, or a folder of diffusers'.
+        published: whose network published weights are, where their file does not say (see published.PUBLISHED).
+
     Raises:
-        UserError: if the file cannot be read, or its weights are not those of the model its config describes.
+        UserError: if the file cannot be read, or its weights are not those of the model its config describes, or
+            `published` would change nothing.
     """
-    address = DOWNLOADS.get(Path(path).name)
+    path = weights_of(path)
+    address = DOWNLOADS.get(path.name)
     advice = f"download it from {address}" if address else "name a file of weights, such as runs/digits/model.pth"
     content, intact = read_file(path, advice)
     ours = isinstance(content, dict) and {"model", "config"} <= content.keys()
     if not intact:
         if ours:
             raise UserError(f"{path} is damaged: its checksums do not fit what it holds")
-        warn(f"the checksums of {path} do not fit what it holds; some programs write none")
+        warn(f"the checksums of {path} do not fit what it holds: it is damaged, or was written without them")
     if ours:
+        if published:
+            raise UserError(f"--published {published} would change nothing: {path} says what it is; leave it out")
         # Of a training checkpoint, as of model.pth, the average of the weights is what draws best.
-        config, state = read_config(content["config"], path), content.get("ema", content["model"])
+        config, state, parts = read_config(content["config"], path), content.get("ema", content["model"]), {}
     else:
-        config, state = read_published(content, path)
+        config, state, parts = read_published(content, path, published)
     try:
         model = check_state(state, config)
+        for name, part in parts.items():
+            model.set_submodule(name, part)
         model.to_empty(device=device).load_state_dict(state)
     except Exception as error:  # a file can lie in more ways than can be listed
+        if is_memory_error(error):
+            raise
         raise UserError(f"{path} holds no usable model: {reason_of(error)}") from error
     return model.eval(), config

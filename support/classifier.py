@@ -1,24 +1,27 @@
 """The judge: a small convolutional classifier, whose reading of a digit and whose features `evaluate.py` uses.
 
 It learns from the first 50,000 training images alone; it never sees the last 10,000, the test set, or anything
-generated. MNIST's ships as classifier.pth, so that two people's figures compare; without that file, and for any
-other dataset, `python evaluate.py` trains one first (a few minutes on two cores).
+generated. MNIST's ships as classifier.pth, so that two people's figures compare; for any other data
+`python evaluate.py` trains one first (a few minutes on two cores) and keeps it for as long as the data stay the same.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dataset import normalize
-from support.errors import UserError
+from support.command_line import Progress
+from support.errors import DamagedFile, UserError
 from support.files import load_file, save_file
 
 HELD_OUT = 10_000  # the last training images: the "real" column of the evaluation
 FEATURES = 128
 SHIPPED = Path(__file__).with_name("classifier.pth")
+# The checksum of the training images and labels that the shipped one is of.
+MNIST = "efb55c3fdc23066589e368a7dea03a5f122b2ea8c148a7bae9b0544d21152e97"
 
 
 class Classifier(nn.Module):
@@ -41,8 +44,10 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def read(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, 128) and logits (N, K) of any number of images, in batches."""
-        features, logits = zip(*(self(part) for part in x.split(200)))
-        return torch.cat(features), torch.cat(logits)
+        features, logits = map(torch.cat, zip(*(self(part) for part in x.split(200))))
+        if not logits.isfinite().all():
+            raise UserError("the classifier's answers are not finite numbers; its file is damaged, delete it")
+        return features, logits
 
 
 def random_affine(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -67,7 +72,7 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int = 10, seed: int
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
-    with tqdm(total=steps, unit="step", desc="classifier") as bar:
+    with Progress(steps, "classifier", leave=True) as bar:
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator)
             for index in order.split(batch_size)[: len(images) // batch_size]:
@@ -81,27 +86,61 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int = 10, seed: int
     return model.eval()
 
 
-def load_classifier(path: str | Path) -> Classifier:
-    """A classifier from its file, in evaluation mode; UserError if the file holds none."""
-    state = load_file(path)
+def load_classifier(path: str | Path) -> tuple[Classifier, str | None]:
+    """A classifier from its file, in evaluation mode, and the checksum of what it learned from, if the file has it.
+
+    Raises:
+        UserError: if the file holds no classifier, or one of weights that are not finite.
+    """
     try:
-        in_channels = state["convolutions.0.weight"].shape[1]
-        model = Classifier(in_channels, len(state["head.bias"]))
+        content = load_file(path)
+    except DamagedFile as error:
+        raise UserError(f"{error}; delete it to have a classifier trained") from error
+    try:
+        state, data = content.get("model", content), content.get("data")
+        model = Classifier(state["convolutions.0.weight"].shape[1], len(state["head.bias"]))
         model.load_state_dict(state)
-    except Exception as error:
+        if not all(tensor.isfinite().all() for tensor in state.values()):
+            raise ValueError("its weights are not finite")
+    except Exception as error:  # a file can hold anything
         raise UserError(f"{path} holds no classifier; delete it to have one trained") from error
-    return model.eval().to(memory_format=torch.channels_last)  # the faster order of pixels on a CPU
+    return model.eval().to(memory_format=torch.channels_last), data  # the faster order of pixels on a CPU
 
 
-def judge_of(dataset: str, data_dir: str, images: Tensor, labels: Tensor) -> Classifier:
-    """The classifier of a dataset: shipped for MNIST, else trained the first time and kept in data_dir."""
-    path = SHIPPED if dataset == "mnist" else Path(data_dir) / dataset / "classifier.pth"
-    if not path.exists():
-        if len(images) < 2 * HELD_OUT:
-            raise UserError(f"{dataset} has {len(images)} training images; a judge needs {2 * HELD_OUT} or more")
-        print(f"training a classifier of {dataset}, to be kept as {path}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({}, path.with_suffix(".try"))  # better to fail now than after minutes of training
-        path.with_suffix(".try").unlink()
-        save_file(train_classifier(images, labels).state_dict(), path)
-    return load_classifier(path)
+def checksum(*tensors: Tensor) -> str:
+    """One number, in hexadecimal, for the sizes, types and values of tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def judge_of(dataset: str, data_dir: str | Path, images: Tensor, labels: Tensor) -> Classifier:
+    """The classifier of a dataset's training images (N, C, H, W) uint8 and labels (N,).
+
+    The shipped one for MNIST, else one that is trained the first time and kept in data_dir, with a checksum of what it
+    learned from: for other images or labels of the same name another is trained.
+    """
+    data, path = checksum(images, labels), Path(data_dir) / dataset / "classifier.pth"
+    if data == MNIST and SHIPPED.exists():
+        return load_classifier(SHIPPED)[0]
+    if path.exists():
+        judge, learned_from = load_classifier(path)
+        if learned_from == data:
+            return judge
+        of = "learned from other images or labels" if learned_from else "does not say what it learned from"
+        print(f"{path} {of}, so it is replaced")
+    if len(images) < 2 * HELD_OUT:
+        raise UserError(f"{dataset} has {len(images)} training images; a judge needs {2 * HELD_OUT} or more")
+    classes, seen = int(labels.max()) + 1, len(labels[:-HELD_OUT].unique())
+    if classes == 1:
+        raise UserError(f"{dataset} has one class, or no labels; there is nothing that a judge could learn to tell")
+    if seen < classes:
+        raise UserError(f"{dataset}: all but the last {HELD_OUT} images show {seen} of {classes} classes; shuffle them")
+    print(f"training a classifier of {dataset}, to be kept as {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({}, path.with_suffix(".try"))  # better to fail now than after minutes of training
+    path.with_suffix(".try").unlink(missing_ok=True)  # another may have done so
+    save_file({"model": train_classifier(images, labels).state_dict(), "data": data}, path)
+    return load_classifier(path)[0]

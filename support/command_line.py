@@ -7,9 +7,12 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from config import ROOT, Config
 from support.errors import MEMORY, UserError, check_limits, is_memory_error
@@ -19,9 +22,12 @@ class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are one line; a flag not given leaves nothing in the result."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+        usage = "python %(prog)s [--flag value ...]"  # each flag is listed once, with its meaning
+        absent = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False, "add_help": False}
+        super().__init__(description=description, usage=usage, **absent)
         self.groups: dict[str, Any] = {}
         self.limits: dict[str, dict[str, int]] = {}
+        self.group("basics").add_argument("-h", "--help", action="help", help="show this and exit")
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {one_line(message)} (--help lists every flag)\n")
@@ -44,42 +50,121 @@ class Parser(argparse.ArgumentParser):
             heading = meta["group"] or heading
             if field.name not in names:
                 continue
-            shown = default or field.default
-            help = meta["help"] + ("" if shown is None else f" (default: {shown})")
+            kind, choices, few = meta["type"], meta["choices"], len(meta["choices"]) < 6
+            usual = default or field.default
+            help = meta["help"] + ("" if few else ": " + ", ".join(choices))
+            help += "" if usual is None else f" (default: {usual})"
             flag, group = "--" + field.name.replace("_", "-"), self.group(title or heading)
-            if meta["type"] is bool:
+            if kind is bool:
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
                 continue
-            metavar = None if meta["choices"] else meta["type"].__name__.upper().replace("STR", "NAME")
-            group.add_argument(flag, type=meta["type"], choices=meta["choices"] or None, metavar=metavar, help=help)
+            metavar = "DIR" if field.name.endswith("_dir") else {int: "INT", float: "FLOAT", str: "NAME"}[kind]
+            if choices and few:
+                metavar = None  # they are shown in its place
+            group.add_argument(flag, type=kind, choices=choices or None, metavar=metavar, help=help)
 
     def add_number(self, flag: str, help: str, title: str, least: int = 1, most: int = 10**9) -> None:
         """Add a flag for a whole number from least to most."""
         self.group(title).add_argument(flag, type=int, metavar="INT", help=help)
         self.limits[flag[2:].replace("-", "_")] = {"least": least, "most": most}
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
-        given = super().parse_args(*args, **kwargs)
-        for name, limits in self.limits.items():
-            if hasattr(given, name):
-                check_limits(name, getattr(given, name), **limits)
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """The flags given; UserError for one without a value or beyond its limits."""
+        given = super().parse_args(argv)
+        for name, value in vars(given).items():
+            if value in ("", []):  # the latter is what argparse makes of --flag=--
+                raise UserError(f"--{name.replace('_', '-')} is given without a value; give it one, or leave it out")
+            check_limits(name, value, **self.limits.get(name, {}))
         return given
 
 
+def parse_labels(text: str, num_classes: int) -> list[int]:
+    """[207, 360] from "207,360"; without a comma each character is a label where there are at most 10 classes."""
+    separate = "," in text or num_classes > 10
+    try:
+        labels = [int(label) for label in (text.removesuffix(",").split(",") if separate else text)]
+    except ValueError:
+        labels = []
+    if not labels:
+        raise UserError(f"labels {text!r}: give digits, such as 0123, or numbers with commas, such as 207,360")
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise UserError(f"label {label} is not one of the model's {num_classes} classes, 0 to {num_classes - 1}")
+    return labels
+
+
 def one_line(message: str) -> str:
-    """The message with its line breaks made visible: a path may hold some."""
-    return message.replace("\n", "\\n").replace("\r", "\\r")
+    """The message as one line that any terminal can show: a path may hold line breaks, a number 5,000 digits."""
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+    return line if len(line) <= 2000 else f"{line[:900]} ... {line[-900:]}"
 
 
-def shown(path: str | Path) -> str:
-    """A path as one would type it from here: relative where it is below this folder."""
+def from_here(path: str | Path) -> str:
+    """A path as one would give it from here: relative where it is below this folder."""
     path = Path(path).absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
+def shown(path: str | Path) -> str:
+    """A path from here, to be read."""
+    return one_line(from_here(path))
+
+
+def quoted(argument: str) -> str:
+    """An argument as a shell reads it; what cannot be printed goes as the bytes that it stands for."""
+    with contextlib.suppress(UnicodeEncodeError):
+        argument.encode(sys.stdout.encoding or "ascii")
+        if argument.isprintable():
+            return shlex.quote(argument)
+    letters = (
+        chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}" for byte in os.fsencode(argument)
+    )
+    return "$'" + "".join(letters) + "'"
+
+
 def command(script: str, *arguments: str | Path) -> str:
-    """A command of this repository's to be copied into a shell from here, quoted as that needs."""
-    return shlex.join(["python", shown(ROOT / script), *map(str, arguments)])
+    """A command of this repository's, to be copied into a shell from here; its paths are seen from here too."""
+    words = (from_here(word) if isinstance(word, Path) else word for word in (ROOT / script, *arguments))
+    return " ".join(["python", *map(quoted, words)])
+
+
+class Progress:
+    """A bar where stderr is a terminal; elsewhere, as in a file, a line a minute, and the last of what took longer."""
+
+    every = 60.0  # seconds
+
+    def __init__(self, total: int, what: str = "", done: int = 0, leave: bool = False):
+        self.bar = tqdm(total=total, initial=done, desc=what, unit="step", leave=leave, disable=None)
+        self.what, self.total, self.done, self.note = f"{what}: " if what else "", total, done, ""
+        self.start = self.last = time.monotonic()
+
+    def update(self) -> None:
+        """One more step is done; `note` says how it went."""
+        self.done += 1
+        self.bar.set_postfix_str(self.note, refresh=False)
+        self.bar.update()
+        now = time.monotonic()
+        if self.bar.disable and (now - self.last >= self.every or self.done == self.total and self.last > self.start):
+            self.last = now
+            line = f"{self.what}step {self.done:,} of {self.total:,}" + (f": {self.note}" if self.note else "")
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def counted(steps: Iterable, total: int, what: str) -> Iterator:
+    """The steps, told of as they are done."""
+    with Progress(total, what) as bar:
+        for step in steps:
+            yield step
+            bar.update()
 
 
 class Unheard:
@@ -91,39 +176,44 @@ class Unheard:
             self.stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason either
 
     def write(self, text: str) -> int:
-        try:
-            self.stream.write(text)
-        except (OSError, ValueError):
-            self.silence()
+        self.attempt(self.stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except (OSError, ValueError):
-            self.silence()
+        self.attempt(self.stream.flush)
 
-    def silence(self) -> None:
-        """Point the stream to nowhere, for what it still holds would fail again at the end."""
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+    def attempt(self, action: Callable, *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except (OSError, ValueError):
+            # To nowhere, for what the stream still holds would fail again at the end.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
-def start_quietly() -> None:
-    """Called before a script's slow imports: Ctrl-C among them ends it without a word."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+def leave_out_unusable_cache() -> None:
+    """Forget $TORCHINDUCTOR_CACHE_DIR where it cannot be a folder: much of torch loads its compiler unasked."""
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", os.curdir)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+        print(one_line(f"note: TORCHINDUCTOR_CACHE_DIR={folder} is left out ({reason})"), file=sys.stderr)
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Call a script's main(); a mistake of the user's is one line on stderr and exit status 1."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    interrupt = signal.getsignal(signal.SIGINT)
+    if interrupt is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    with contextlib.redirect_stdout(Unheard(sys.stdout)), contextlib.redirect_stderr(Unheard(sys.stderr)):
+    out, err = Unheard(sys.stdout), Unheard(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
+            leave_out_unusable_cache()
             main()
         except UserError as error:
             message = str(error)
@@ -138,4 +228,8 @@ def run_script(main: Callable[[], None]) -> None:
             sys.exit(130)
         else:
             return
-    sys.exit(f"error: {one_line(message)}")
+        finally:
+            signal.signal(signal.SIGINT, interrupt)  # as before, so that Ctrl-C while it ends is quiet too
+            out.flush()
+        print(f"error: {one_line(message)}", file=sys.stderr)
+        sys.exit(1)

@@ -7,15 +7,20 @@ own checksums are compared with its contents, for a tensor with a flipped bit lo
 
 import argparse
 import contextlib
+import errno
+import json
 import os
 import pickle
+import re
+import stat
 import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from support.errors import DamagedFile, UserError, is_memory_error, optional
@@ -29,7 +34,7 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
         UserError: if it cannot be written (disk full, no permission); what was there before is intact.
     """
     target = os.path.realpath(path)
-    temporary = f"{target}.tmp"
+    temporary = f"{target}.{os.getpid()}.tmp"  # not that of another process, which may write the same file
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -68,9 +73,11 @@ def append_line(path: str | Path, line: str) -> None:
 
 def check_path(flag: str, path: str, suffix: str) -> None:
     """Refuse a file that could not be written, before the work rather than after it."""
-    folder = Path(path).absolute().parent
+    folder = Path(os.path.realpath(path)).parent  # a link stays one
     if Path(path).suffix != suffix:
         raise UserError(f"{flag} {path}: the file's name must end in {suffix}")
+    if os.path.isdir(path):
+        raise UserError(f"{flag} {path} is a folder; give the name of a file")
     if not folder.is_dir():
         raise UserError(f"{flag} {path}: its folder does not exist; create it first")
     if not os.access(folder, os.W_OK):
@@ -80,6 +87,8 @@ def check_path(flag: str, path: str, suffix: str) -> None:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep every other process that asks for the same lock out of a folder; the lock dies with this process.
+
+    What a run killed in the middle of a write has left there is cleared away.
 
     Raises:
         UserError: if another process has it.
@@ -92,6 +101,8 @@ def locked(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for scrap in folder.glob("*.pth.*tmp"):
+            scrap.unlink()
     except BlockingIOError as error:
         os.close(descriptor)
         raise UserError(f"{folder} is in use by another run; wait for its end, or give another --out-dir") from error
@@ -103,52 +114,103 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+class ScalarType:
+    """Stands in for numpy.dtype, which trusts what it is unpickled from: a name such as <f8."""
+
+    def __init__(self, name: str, *_: Any):
+        self.name = name
+
+    def __setstate__(self, state: tuple) -> None:
+        self.name = state[1] + self.name  # the order of its bytes
+
+
+def scalar(kind: ScalarType, data: bytes) -> Any:
+    """What a pickled NumPy scalar was, in Python's own types."""
+    return np.frombuffer(data, kind.name)[0].item()
+
+
+# What foreign files hold besides tensors: flags of their training, among which there may be paths and NumPy's numbers.
+PLAIN = [
+    argparse.Namespace,
+    (ScalarType, "numpy.dtype"),
+    *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # of NumPy 1 and 2
+    *((PurePath, f"pathlib.{name}Path") for name in ("Posix", "Windows", "_local.Posix", "_local.Windows")),
+]
+
+
 def read_file(path: str | Path, missing: str = "name a file of weights") -> tuple[Any, bool]:
     """What a file of torch's or safetensors' holds, on the CPU, and whether it is as it was written.
 
-    The second is False where a zip's checksums do not fit its contents; files without checksums are taken as intact.
+    An .index.json of diffusers' stands for all the files that it names. The second is False where a zip's checksums do
+    not fit its contents; files without checksums are taken as intact.
 
     Args:
         missing: what to do where there is no such file.
 
     Raises:
-        DamagedFile: if it is not one of torch's or safetensors'.
-        UserError: if it cannot be read, or holds more than plain data.
+        DamagedFile: if it is not one of torch's or safetensors', or holds more than plain data.
+        UserError: if it cannot be read.
         MemoryError, RuntimeError: if memory is short.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"{path} {'is a folder' if os.path.isdir(path) else 'does not exist'}; {missing}")
+    intact = True
     try:
+        kind = os.stat(path).st_mode
+        if not stat.S_ISREG(kind):
+            raise UserError(f"{path} is {'a folder' if stat.S_ISDIR(kind) else 'no file'}; {missing}")
         with open(path, "rb"):
             pass
+        if str(path).endswith(".index.json"):
+            return read_shards(Path(path))
         if str(path).endswith(".safetensors"):
             return optional("safetensors.torch", str(path)).load_file(path), True
-        # facebookresearch/DiT's train.py keeps its flags in a Namespace, which is plain data too.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        intact = checksums_fit(path)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
             warnings.simplefilter("ignore")  # of a foreign file's format: the errors below say it all
             content = torch.load(path, map_location="cpu", weights_only=True)
-        return content, checksums_fit(path)
+        return content, intact
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
-    except pickle.UnpicklingError as error:
-        raise DamagedFile(f"{path} is damaged or not a file of weights ({type(error).__name__})") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; {missing}") from error
     except Exception as error:  # random bytes can fail in any way inside the reader
-        if is_memory_error(error):
-            raise
+        if intact and is_trouble(error):  # what is damaged may ask for too much memory as well
+            if is_memory_error(error):
+                raise
+            raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        found = isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found:
+            raise DamagedFile(
+                f"{path} holds {found[1]}, more than weights and plain data; "
+                f"where it was written, save the weights alone: torch.save(model.state_dict(), FILE)"
+            ) from error
         raise DamagedFile(f"{path} is damaged or not a file of weights ({type(error).__name__})") from error
+
+
+def read_shards(index: Path) -> tuple[dict[str, Any], bool]:
+    """What read_file makes of all the files that an .index.json of diffusers' names, as one state dict."""
+    names = set(json.loads(index.read_text())["weight_map"].values())
+    parts = [read_file(index.with_name(Path(name).name)) for name in sorted(names)]
+    return {name: tensor for part, _ in parts for name, tensor in part.items()}, all(intact for _, intact in parts)
+
+
+def is_trouble(error: Exception) -> bool:
+    """Whether memory, permission or the disk is at fault, not what was read: that may say to seek where nothing is."""
+    return is_memory_error(error) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL))
 
 
 def checksums_fit(path: str | Path) -> bool:
     """Whether a zip's contents are those that its checksums were made of; True for a file that is no zip."""
-    if not zipfile.is_zipfile(path):
-        return True
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError):
-        return False
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":  # how torch tells its older format, which has no checksums
+            return True
+        try:
+            archive = zipfile.ZipFile(file)
+            # What is marked as a folder (0x10) torch does not read: the tensor is what was in memory before.
+            return archive.testzip() is None and not any(part.external_attr & 0x10 for part in archive.infolist())
+        except Exception as error:  # damage shows in many ways
+            if is_trouble(error):
+                raise
+            return False
 
 
 def load_file(path: str | Path, missing: str = "name a file of weights") -> Any:

@@ -57,8 +57,8 @@ def check_memory(needed: float, what: str, advice: str, device: torch.device | N
 
 def compile_network(model: nn.Module, loss_of: Callable[[Callable], Tensor]) -> Callable:
     """The model compiled, tried on the gradient of one loss; or the model itself, said aloud, where none compiles."""
-    if os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1":
-        print("TORCH_COMPILE_DISABLE is set, so nothing is compiled: it is only slower")
+    if torch._dynamo.config.disable:
+        print("nothing is compiled, for TORCH_COMPILE_DISABLE is set: it is only slower")
         return model
     compiled = torch.compile(model)
     start = time.perf_counter()

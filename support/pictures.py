@@ -45,17 +45,20 @@ def save_strip(frames: dict[int, Tensor], labels: list[int], path: str | Path) -
     from matplotlib.figure import Figure  # here, for it takes a second that grids and arrays need not wait
 
     rows = torch.stack(list(frames.values()), dim=1).flatten(0, 1)  # label by label
-    figure = Figure(figsize=(0.6 * len(frames) + 0.6, 0.6 * len(labels) + 0.6), layout="constrained")
+    picture = mosaic(rows, len(frames))
+    pitch = rows.shape[-1] + 1  # an image, or one of its channels, and the border
+    height, width = (side // pitch for side in picture.shape[:2])
+    figure = Figure(figsize=(0.6 * width + 0.6, 0.6 * height + 0.6), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(mosaic(rows, len(frames)), interpolation="nearest")
-    pitch = rows.shape[-1] + 1  # an image and its border
-    axes.set_xticks([pitch * (i + 0.5) for i in range(len(frames))], list(frames))
+    axes.imshow(picture, interpolation="nearest")
+    axes.set_xticks([pitch * width / len(frames) * (i + 0.5) for i in range(len(frames))], list(frames))
     axes.set_yticks([pitch * (i + 0.5) for i in range(len(labels))], labels)
     axes.set(xlabel="denoising steps taken", ylabel="label")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     with writing(path) as file:
-        figure.savefig(file, format="png", dpi=max(100, pitch / 0.6))  # large images at about their own size
+        # Large images at about their own size, as long as matplotlib can draw so many pixels.
+        figure.savefig(file, format="png", dpi=min(max(100, pitch / 0.6), 65_000 / max(figure.get_size_inches())))
 
 
 def save_gif(frames: list[Tensor], path: str | Path) -> None:

@@ -50,16 +50,20 @@ def glyphs_dir(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def vae_dir(tmp_path_factory) -> Path:
-    """The folder of a tiny AutoencoderKL of random weights: latents (N, 4, h, w) -> images (N, 3, 2h, 2w)."""
+def tiny_vae(**options) -> torch.nn.Module:
+    """A tiny AutoencoderKL of random weights: latents (N, 4, h, w) -> images (N, 3, 2h, 2w)."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
     blocks = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-    vae = AutoencoderKL(**blocks, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4)
+    return AutoencoderKL(**{**blocks, "block_out_channels": (8, 8), "norm_num_groups": 4, **options})
+
+
+@pytest.fixture(scope="session")
+def vae_dir(tmp_path_factory) -> Path:
+    """The folder of a tiny_vae."""
     folder = tmp_path_factory.mktemp("vae")
-    vae.save_pretrained(folder)
+    tiny_vae().save_pretrained(folder)
     return folder
 
 

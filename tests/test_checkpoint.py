@@ -1,3 +1,4 @@
+import math
 import os
 import pickle
 import zipfile
@@ -9,7 +10,7 @@ from conftest import random_dit
 
 from config import Config
 from support import files
-from support.checkpoint import load_model, model_config
+from support.checkpoint import BEFORE, load_model, model_config
 from support.errors import UserError
 from support.files import load_file, save_file
 
@@ -33,6 +34,15 @@ def test_a_model_comes_back_as_it_was(model_file):
 
 def test_a_model_file_does_not_tell_its_makers_folders(model_file):
     assert b"private" not in model_file.read_bytes()
+
+
+def test_of_a_runs_checkpoint_the_average_is_drawn_with(tmp_path):
+    """checkpoint.pth, where there is no model.pth yet: its raw weights draw worse digits than their average."""
+    states = {"model": random_dit(0).state_dict(), "ema": random_dit(1).state_dict()}
+    save_file(states | {"config": vars(CONFIG), "optimizers": [], "progress": []}, tmp_path / "checkpoint.pth")
+    model, _ = load_model(tmp_path / "checkpoint.pth")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, states["ema"][name]), name
 
 
 class Bomb:
@@ -69,9 +79,12 @@ def write_zip(path):
         (write_truncated, "is damaged or not a file of weights"),
         (write_zip, "is damaged or not a file of weights"),
         (write_pickle, "is damaged or not a file of weights"),
-        (write_torch_pickle, "is damaged or not a file of weights"),
+        (write_torch_pickle, f"holds {os.name}.mkdir, more than weights and plain data"),
         (lambda path: torch.save([1, 2], path), 'it lacks "model" and "config"'),
-        (lambda path: torch.save({"ema": {}, "args": Namespace(bomb=Bomb())}, path), "is damaged or not a file"),
+        (
+            lambda path: torch.save({"ema": {}, "args": Namespace(bomb=Bomb())}, path),
+            f"holds {os.name}.mkdir, more than",
+        ),
         (lambda path: torch.save({"model": {}, "config": model_config(CONFIG)}, path), "it lacks 'x_embedder.proj"),
         (lambda path: torch.save({"model": 3, "config": model_config(CONFIG)}, path), "holds no usable model"),
         (lambda path: torch.save({"model": {"a": 3}, "config": model_config(CONFIG)}, path), "holds no usable model"),
@@ -161,3 +174,67 @@ def test_a_disk_that_fills_up_midway_is_an_error_too(model_file, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert model_file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [model_file]
+
+
+def test_a_flipped_bit_in_a_model_file_is_seen(model_file):
+    good = model_file.read_bytes()
+    for name, tensor in load_file(model_file)["model"].items():
+        content = bytearray(good)
+        content[good.index(tensor.numpy().tobytes()) + tensor.nbytes // 2] ^= 1  # a last digit of one number
+        model_file.write_bytes(content)
+        assert torch.load(model_file, weights_only=True)["model"][name].isfinite().all()  # torch alone sees nothing
+        with pytest.raises(UserError, match="is damaged: its checksums do not fit what it holds") as error:
+            load_model(model_file)
+        assert str(model_file) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_named(value, model_file):
+    content = load_file(model_file)
+    for name, tensor in content["model"].items():
+        kept = tensor.flatten()[-1].clone()
+        tensor.view(-1)[-1] = value
+        save_file(content, model_file)
+        with pytest.raises(UserError, match=f"model.pth holds no usable model: {name} has values that are not finite"):
+            load_model(model_file)
+        tensor.view(-1)[-1] = kept
+
+
+def test_a_model_file_that_may_not_be_read_is_not_called_damaged(model_file, monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", forbidden)
+    with pytest.raises(UserError) as error:
+        load_model(model_file)
+    assert str(error.value) == f"{model_file} cannot be read (Permission denied)"
+
+
+@pytest.mark.parametrize("field", ["image_size", "num_heads", "num_classes", "process", "prediction", "schedule"])
+def test_what_no_default_can_stand_for_has_to_be_in_the_file(field, model_file):
+    content = load_file(model_file)
+    del content["config"][field]
+    save_file(content, model_file)
+    with pytest.raises(UserError, match=f"model.pth holds no usable config .it lacks '{field}'"):
+        load_model(model_file)
+
+
+def test_a_seed_that_older_versions_allowed_still_loads(model_file):
+    """CPU generators keep 32 bits of a seed: the rest, which is now refused, changed nothing."""
+    content = load_file(model_file)
+    content["config"]["seed"] = 2**32 + 5
+    save_file(content, model_file)
+    seed = load_model(model_file)[1].seed
+    assert seed == 5
+    assert torch.equal(*(torch.randn(9, generator=torch.Generator().manual_seed(s)) for s in (5, 2**32 + 5)))
+
+
+def test_a_file_older_than_a_field_means_what_runs_did_then(model_file):
+    """Before there was an interval, guidance was throughout; before there was a choice, t was uniform."""
+    content = load_file(model_file)
+    for name in BEFORE:
+        del content["config"][name]
+    save_file(content, model_file)
+    config = load_model(model_file)[1]
+    assert (config.cfg_low, config.cfg_high, config.time_sampling) == (0.0, 1.0, "uniform")
+    assert (config.block, config.clip_x0, config.learn_sigma) == ("adaLN-Zero", True, False)

@@ -1,11 +1,12 @@
 import dataclasses
+import math
 
 import pytest
 from conftest import ROOT
 
 from config import PAPER_MODELS, PRESETS, Config, preset
-from support.command_line import Parser, run_script
 from support.errors import UserError
+from support.options import check_option
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,7 @@ from support.errors import UserError
         (dict(batch_size=64, accumulation_steps=7), "accumulation_steps is 7; it must be a divisor of batch_size, 64"),
         (dict(learn_sigma=1), "learn_sigma 1 is not of type bool"),
         (dict(seed=None), "seed None is not of type int"),
+        (dict(seed=2**32), "seed is 4294967296; it must be less than 4294967296"),  # it would draw what seed 0 draws
     ],
 )
 def test_impossible_settings_are_refused_with_a_way_out(fields, message):
@@ -57,48 +59,27 @@ def test_the_papers_models_are_presets():
     assert len(set(PAPER_MODELS) & set(PRESETS)) == 12
 
 
-def parser() -> Parser:
-    parser = Parser("test")
-    parser.add_fields(*(field.name for field in dataclasses.fields(Config)))
-    return parser
+LIMITED = [field for field in dataclasses.fields(Config) if field.metadata["limits"]]
+NUMBERS = [field for field in dataclasses.fields(Config) if field.metadata["type"] in (int, float)]
 
 
-def test_flags_are_the_fields_and_only_those_given_come_back():
-    flags = ["--hidden-size", "64", "--learning-rate", "2e-3", "--prediction", "x0", "--learn-sigma", "--no-clip-x0"]
-    given = {"hidden_size": 64, "learning_rate": 2e-3, "prediction": "x0", "learn_sigma": True, "clip_x0": False}
-    assert vars(parser().parse_args(flags)) == given
+@pytest.mark.parametrize("field", LIMITED, ids=lambda field: field.name)
+def test_a_value_beyond_a_limit_is_refused_naming_field_and_bound(field):
+    """And one at the limit is not."""
+    step = 1 if field.metadata["type"] is int else 1e-6
+    beyond = {"least": -step, "most": step, "above": 0, "below": 0}
+    for limit, bound in field.metadata["limits"].items():
+        value = bound + beyond[limit]
+        with pytest.raises(UserError, match=rf"^{field.name} is {value}; it must be .* {bound}$"):
+            Config(**{field.name: value})
+        within = bound if limit in ("least", "most") else bound + (step if limit == "above" else -step)
+        check_option(field, within)
 
 
-def test_help_explains_every_flag_with_its_default(capsys):
-    with pytest.raises(SystemExit):
-        parser().parse_args(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(Config):
-        assert "--" + field.name.replace("_", "-") in text
-        assert field.metadata["help"] in text
-    assert "(default: 0.003)" in text
-
-
-@pytest.mark.parametrize("flags", [["--depth", "four"], ["--precision", "fp8"], ["--no-such-flag"], ["--dep", "4"]])
-def test_a_mistake_on_the_command_line_is_one_line(flags, capsys):
-    with pytest.raises(SystemExit) as exit:
-        parser().parse_args(flags)
-    assert exit.value.code == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
-
-
-def test_run_script_turns_mistakes_into_one_line_and_lets_bugs_through():
-    def fail(error):
-        raise error
-
-    for error, words in (
-        (UserError("no"), "error: no"),
-        (PermissionError(13, "Permission denied", "a/b"), "error: a/b: Permission denied; check"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB"), "error: not enough memory; try a smaller"),
-    ):
-        with pytest.raises(SystemExit) as exit:
-            run_script(lambda error=error: fail(error))
-        assert exit.value.code.startswith(words)
-    for bug in (KeyError, RuntimeError):
-        with pytest.raises(bug):
-            run_script(lambda bug=bug: fail(bug("a bug")))
+@pytest.mark.parametrize("field", NUMBERS, ids=lambda field: field.name)
+def test_absurd_numbers_are_refused_naming_the_field(field):
+    for value in (math.nan, math.inf, -math.inf) if field.metadata["type"] is float else (10**18, -(10**18), 10**400):
+        with pytest.raises(UserError, match=f"^{field.name} "):
+            Config(**{field.name: value})
+    if field.metadata["type"] is int:  # a whole number has a least and a largest value
+        assert {"least", "most"} <= field.metadata["limits"].keys() or field.metadata["limits"]["below"] == 2**32

@@ -3,31 +3,46 @@ import gzip
 import http.server
 import socket
 import threading
-import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import MNIST
 from torchvision.datasets.utils import calculate_md5
 
+import inference
+import train
+from config import Config
 from dataset import DATASETS, denormalize, load_dataset, normalize
+from dit import DiT
 from loaders import glyphs, mnist
 from loaders.glyphs import draw_glyphs
 from loaders.mnist import MNIST_FILES
+from support.checkpoint import load_model
 from support.errors import NotAvailable, UserError
+from support.files import load_file, save_file
 
 
-def test_glyphs_are_drawn_in_time_alike_for_a_seed_and_cached(tmp_path, monkeypatch):
-    start = time.perf_counter()
-    train, test = (load_dataset("glyphs", str(tmp_path), train=train) for train in (True, False))
-    assert time.perf_counter() - start < 15
-    assert train.images.shape == (60_000, 1, 28, 28) and test.images.shape == (10_000, 1, 28, 28)
-    assert train.images.dtype == torch.uint8 and train.labels.dtype == torch.int64
-    assert torch.equal(draw_glyphs(60_000, seed=0)[0], train.images)
+def test_glyphs_are_drawn_alike_for_a_seed_and_cached(glyphs_dir, monkeypatch):
+    data, test = (load_dataset("glyphs", str(glyphs_dir), train=part) for part in (True, False))
+    assert data.images.shape == (60_000, 1, 28, 28) and test.images.shape == (10_000, 1, 28, 28)
+    assert data.images.dtype == torch.uint8 and data.labels.dtype == torch.int64
+    assert torch.equal(draw_glyphs(60_000, seed=0)[0], data.images)
     assert not torch.equal(draw_glyphs(10_000, seed=0)[0], test.images)
     monkeypatch.setattr(glyphs, "draw_glyphs", lambda *_: pytest.fail("drawn again"))
-    again = load_dataset("glyphs", str(tmp_path))
-    assert torch.equal(again.images, train.images) and torch.equal(again.labels, train.labels)
+    again = load_dataset("glyphs", str(glyphs_dir))
+    assert torch.equal(again.images, data.images) and torch.equal(again.labels, data.labels)
+
+
+def test_glyphs_are_drawn_two_thousand_at_a_time_from_outlines_made_once(monkeypatch):
+    """What makes 60,000 a matter of seconds."""
+    calls = []
+    templates, sample = glyphs.glyph_distances, glyphs.F.grid_sample
+    monkeypatch.setattr(glyphs, "glyph_distances", lambda: calls.append("outlines") or templates())
+    monkeypatch.setattr(glyphs.F, "grid_sample", lambda *args, **kw: calls.append("sample") or sample(*args, **kw))
+    draw_glyphs(6000, seed=0)
+    assert calls == ["outlines", "sample", "sample", "sample"]
 
 
 def test_glyphs_are_digits_whole_and_various():
@@ -40,25 +55,51 @@ def test_glyphs_are_digits_whole_and_various():
     assert len(images.flatten(1).unique(dim=0)) == 5000
 
 
-def test_a_damaged_cache_is_named_and_kept(tmp_path):
+@pytest.fixture
+def few(monkeypatch):
+    """Two hundred glyphs in the place of 60,000, and a list of the seeds drawn with."""
+    seeds = []
+    monkeypatch.setattr(glyphs, "draw_glyphs", lambda count, seed: seeds.append(seed) or draw_glyphs(200, seed))
+    return seeds
+
+
+def test_a_damaged_cache_is_named_and_kept(tmp_path, few):
     path = tmp_path / "glyphs" / "train.pth"
     load_dataset("glyphs", str(tmp_path))
-    damaged = path.read_bytes()[:100_000]
+    damaged = path.read_bytes()[:10_000]
     path.write_bytes(damaged)
     with pytest.raises(UserError, match=str(path)):
         load_dataset("glyphs", str(tmp_path))
     assert path.read_bytes() == damaged
 
 
-def test_glyphs_do_without_a_cache_where_none_can_be_written(tmp_path, capsys):
+def test_glyphs_do_without_a_cache_where_none_can_be_written(tmp_path, few, capsys):
     (tmp_path / "glyphs").write_text("a file where the folder should be")
-    assert len(load_dataset("glyphs", str(tmp_path)).images) == 60_000
+    assert len(load_dataset("glyphs", str(tmp_path)).images) == 200
     assert "drawn anew" in capsys.readouterr().err
 
 
+def test_glyphs_are_drawn_anew_where_the_code_or_the_fonts_have_changed(tmp_path, few, monkeypatch, capsys):
+    kept = load_dataset("glyphs", str(tmp_path))
+    load_dataset("glyphs", str(tmp_path))
+    assert few == [0] and not capsys.readouterr().err
+    monkeypatch.setattr(glyphs, "version", lambda package: f"a later {package}")
+    for _ in range(2):
+        assert torch.equal(load_dataset("glyphs", str(tmp_path)).images, kept.images)
+    assert few == [0, 0] and "were drawn in another way" in capsys.readouterr().err
+    changed = tmp_path / "glyphs.py"
+    changed.write_text("other code")
+    monkeypatch.setattr(glyphs, "__file__", str(changed))
+    load_dataset("glyphs", str(tmp_path))
+    assert few == [0, 0, 0]
+    save_file([kept.images, kept.labels], tmp_path / "glyphs" / "train.pth")  # as earlier versions did
+    load_dataset("glyphs", str(tmp_path))
+    assert few == [0, 0, 0]
+
+
 def test_mnist_is_read(mnist_dir):
-    for train, count in ((True, 60_000), (False, 10_000)):
-        data = load_dataset("mnist", mnist_dir, train=train)
+    for part, count in ((True, 60_000), (False, 10_000)):
+        data = load_dataset("mnist", mnist_dir, train=part)
         assert data.images.shape == (count, 1, 28, 28) and data.images.dtype == torch.uint8
         assert data.labels.shape == (count,) and data.labels.dtype == torch.int64
     assert data.labels[:5].tolist() == [7, 2, 1, 0, 4]
@@ -83,23 +124,50 @@ def silent_server(monkeypatch):
         yield
 
 
-def test_auto_falls_back_loudly_and_soon(tmp_path, silent_server, capsys):
-    start = time.perf_counter()
-    assert load_dataset("auto", str(tmp_path)).name == "glyphs"
-    assert time.perf_counter() - start < 20
+@pytest.fixture
+def impatient(monkeypatch):
+    """MNIST's servers are given up sooner, for the tests' sake."""
+    monkeypatch.setattr(mnist, "download_mnist", functools.partial(mnist.download_mnist, timeout=1))
+
+
+def test_auto_falls_back_loudly(glyphs_dir, silent_server, impatient, capsys):
+    assert load_dataset("auto", str(glyphs_dir)).name == "glyphs"
     assert "***" in capsys.readouterr().err
 
 
-def test_a_name_server_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(mnist.urllib.request, "urlopen", lambda *_, **__: time.sleep(60))
-    monkeypatch.setattr(mnist, "download_mnist", functools.partial(mnist.download_mnist, timeout=1))
-    start = time.perf_counter()
-    assert load_dataset("auto", str(tmp_path)).name == "glyphs"
-    assert time.perf_counter() - start < 10
+def test_two_mirrors_are_given_ten_seconds_together_and_nothing_else_is_tried(tmp_path, monkeypatch):
+    patience = []
+
+    def no_answer(url, timeout):
+        patience.append(timeout)
+        raise TimeoutError
+
+    monkeypatch.setattr(MNIST, "mirrors", ["http://one/", "http://two/"])
+    monkeypatch.setattr(mnist.urllib.request, "urlopen", no_answer)
+    monkeypatch.setattr(MNIST, "download", lambda *_: pytest.fail("a download of what cannot be reached"))
+    with pytest.raises(NotAvailable):
+        load_dataset("mnist", str(tmp_path))
+    assert patience == [5, 5]
 
 
-def test_mnist_asked_for_by_name_never_falls_back(tmp_path, silent_server, monkeypatch):
-    monkeypatch.setattr(mnist, "download_mnist", functools.partial(mnist.download_mnist, timeout=1))
+def test_a_name_server_that_hangs_is_not_waited_for(glyphs_dir, monkeypatch, impatient):
+    answer, answered = threading.Event(), []
+
+    def hang(*_, **__):  # a name server that heeds no timeout
+        answer.wait(60)
+        answered.append(True)
+        raise TimeoutError
+
+    monkeypatch.setattr(mnist.urllib.request, "urlopen", hang)
+    assert load_dataset("auto", str(glyphs_dir)).name == "glyphs"
+    assert not answered
+    (prober,) = (thread for thread in threading.enumerate() if "try_mirrors" in thread.name)
+    assert prober.daemon  # the end of the program does not wait for it either
+    answer.set()
+    prober.join()
+
+
+def test_mnist_asked_for_by_name_never_falls_back(tmp_path, silent_server, impatient):
     with pytest.raises(NotAvailable, match="--data-dir"):
         load_dataset("mnist", str(tmp_path))
 
@@ -136,24 +204,134 @@ def test_a_falsified_download_is_refused_and_leaves_nothing(tmp_path, monkeypatc
     assert not list((tmp_path / "data" / "MNIST" / "raw").iterdir())
 
 
-def test_a_dataset_of_ones_own(monkeypatch):
-    def load_stripes(data_dir, train):
-        images = torch.zeros(6, 3, 10, 8, dtype=torch.uint8)
-        images[:, :, ::2] = 255
-        return images, torch.arange(6) % 3
+def own(monkeypatch, images, labels, name="own"):
+    monkeypatch.setitem(DATASETS, name, lambda data_dir, train: (images, labels))
 
-    monkeypatch.setitem(DATASETS, "stripes", load_stripes)
-    data = load_dataset("stripes", "nowhere")
-    assert data.images.shape == (6, 3, 10, 10)  # padded to a square
-    padded = load_dataset("stripes", "nowhere", image_size=16).images
+
+STRIPES = torch.zeros(6, 3, 10, 8, dtype=torch.uint8)
+STRIPES[:, :, ::2] = 255
+THREE = torch.arange(6) % 3
+
+
+def test_a_dataset_of_ones_own(monkeypatch):
+    own(monkeypatch, STRIPES, THREE.to(torch.uint8))
+    data = load_dataset("own", "nowhere")
+    assert data.images.shape == (6, 3, 10, 10) and data.size == (10, 8)  # padded to a square
+    assert data.labels.dtype == torch.int64 and data.labels.tolist() == THREE.tolist()
+    padded = load_dataset("own", "nowhere", image_size=16).images
     assert padded.shape == (6, 3, 16, 16)
-    assert torch.equal(padded[:, :, 3:13, 4:12], load_stripes("", True)[0])
-    assert padded.sum() == load_stripes("", True)[0].sum()
+    assert torch.equal(padded[:, :, 3:13, 4:12], STRIPES)
+    assert padded.sum() == STRIPES.sum()
     with pytest.raises(UserError, match="image_size 9 is smaller than the 10 x 8 images"):
-        load_dataset("stripes", "nowhere", image_size=9)
-    monkeypatch.setitem(DATASETS, "stripes", lambda *_: (torch.zeros(6, 3, 10, 8), torch.arange(6)))
-    with pytest.raises(UserError, match="uint8"):
-        load_dataset("stripes", "nowhere")
+        load_dataset("own", "nowhere", image_size=9)
+
+
+@pytest.mark.parametrize(
+    "shape", [(6, 1, 8, 8), (6, 2, 8, 8), (6, 5, 28, 28), (6, 4, 4, 4), (6, 200, 9, 9), (1, 3, 1, 1)]
+)
+def test_any_number_of_channels_is_taken(shape, monkeypatch):
+    own(monkeypatch, torch.zeros(shape, dtype=torch.uint8), None)
+    assert load_dataset("own", "nowhere").images.shape == shape
+
+
+@pytest.mark.parametrize(
+    "images, labels, message",
+    [
+        (STRIPES.float(), THREE, r"tensor \(N, C, H, W\) uint8, and not empty; found Tensor \(6, 3, 10, 8\) float32"),
+        (STRIPES.numpy(), THREE, r"must be a tensor .*; found ndarray \(6, 3, 10, 8\) uint8"),
+        (list(STRIPES), THREE, "must be a tensor .*; found a list of 6"),
+        (STRIPES[:0], THREE[:0], r"and not empty; found Tensor \(0, 3, 10, 8\)"),
+        (STRIPES[:, 0], THREE, r"\(N, C, H, W\) uint8, and not empty; found Tensor \(6, 10, 8\)"),
+        (STRIPES.permute(0, 2, 3, 1), THREE, r"seem to be \(N, H, W, C\); give images.permute\(0, 3, 1, 2\)"),
+        (torch.zeros(6, 28, 28, 5).byte(), THREE, r"seem to be \(N, H, W, C\)"),
+        (STRIPES, THREE.tolist(), r"labels must be a tensor \(6,\) of whole numbers, or None; found a list of 6"),
+        (STRIPES, THREE.numpy(), r"labels must be .*; found ndarray \(6,\) int64"),
+        (STRIPES, THREE.float(), r"of whole numbers, or None; found Tensor \(6,\) float32"),
+        (STRIPES, THREE[:5], r"labels must be a tensor \(6,\) .* found Tensor \(5,\)"),
+        (STRIPES, torch.eye(6)[THREE].long(), r"labels must be a tensor \(6,\) .* found Tensor \(6, 6\)"),
+        (STRIPES, THREE - 1, "labels must be 0, 1, 2, ... without a gap; found 3 different ones from -1 to 1"),
+        (STRIPES, THREE.clamp(max=1) * 999_999, "without a gap; found 2 different ones from 0 to 999999"),
+        (STRIPES, THREE + 1, "without a gap; found 3 different ones from 1 to 3"),
+    ],
+)
+def test_a_broken_promise_is_told_at_the_start_with_what_was_found(images, labels, message, monkeypatch, tmp_path):
+    own(monkeypatch, images, labels)
+    with pytest.raises(UserError, match=f"dataset own, training part: .*{message}"):
+        train.main(["--dataset", "own", "--out-dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("loaded", [STRIPES, (STRIPES, THREE, None), None, {"images": STRIPES}])
+def test_a_loader_gives_a_pair(loaded, monkeypatch):
+    monkeypatch.setitem(DATASETS, "own", lambda data_dir, train: loaded)
+    with pytest.raises(UserError, match="give a pair, images and labels; found "):
+        load_dataset("own", "nowhere")
+
+
+def test_the_test_part_may_lack_classes_but_has_no_negative_ones(monkeypatch):
+    own(monkeypatch, STRIPES, THREE.clamp(min=1))
+    assert load_dataset("own", "nowhere", train=False).labels.tolist() == [1, 1, 2, 1, 1, 2]
+    own(monkeypatch, STRIPES, THREE - 1)
+    with pytest.raises(UserError, match="own, test part: labels must be"):
+        load_dataset("own", "nowhere", train=False)
+
+
+TINY = ["--patch-size", "4", "--hidden-size", "32", "--depth", "1", "--num-heads", "2", "--batch-size", "8"]
+TINY += ["--sample-steps", "3", "--device", "cpu", "--precision", "fp32", "--sample-every", "1", "--log-every", "1"]
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_images_of_any_channels_from_training_to_pictures(channels, monkeypatch, tmp_path):
+    images = torch.randint(256, (6, channels, 8, 6), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    own(monkeypatch, images, THREE)
+    flags = ["--out-dir", str(tmp_path), "--checkpoint-every", "1"]
+    train.main(["--dataset", "own", *TINY, *flags, "--lr-decay", "constant", "--train-steps", "2"])
+    train.main(["--resume", *flags, "--train-steps", "3"])
+    assert load_file(tmp_path / "checkpoint.pth")["progress"][0] == 3
+    for step in (1, 2, 3):  # a row of 8 for each label, of each the channels, with their borders
+        assert Image.open(tmp_path / "samples" / f"step_{step:07d}.png").size == (8 * channels * 9 + 1, 3 * 9 + 1)
+
+    def draw(*flags):
+        inference.main(["--checkpoint", str(tmp_path / "model.pth"), "--device", "cpu", *flags])
+
+    draw("--output", str(tmp_path / "strip.png"), "--gif", str(tmp_path / "a.gif"))
+    draw("--output", str(tmp_path / "grid.png"), "--npz", str(tmp_path / "s.npz"), "--num-samples", "4")
+    assert Image.open(tmp_path / "strip.png").format == "PNG"
+    assert Image.open(tmp_path / "a.gif").n_frames == 4
+    assert Image.open(tmp_path / "grid.png").size == (2 * channels * 9 + 1, 2 * 9 + 1)
+    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (4, 8, 8, channels)
+
+
+@pytest.mark.parametrize("steps, saved", [(7, 3), (2, 2)])  # in the middle of a run, and at its end
+def test_the_checkpoint_is_written_before_the_samples_are_drawn(steps, saved, monkeypatch, tmp_path):
+    def fail(*_):
+        raise RuntimeError("whatever goes wrong with a picture")
+
+    own(monkeypatch, STRIPES[:, :, :8], THREE)
+    monkeypatch.setattr(train, "save_samples", fail)
+    flags = [*TINY, "--sample-every", "3", "--checkpoint-every", "3", "--train-steps", str(steps)]
+    with pytest.raises(RuntimeError):
+        train.main(["--dataset", "own", *flags, "--out-dir", str(tmp_path)])
+    assert load_file(tmp_path / "checkpoint.pth")["progress"][0] == saved
+
+
+def test_unlabelled_images_are_one_class_without_guidance_or_doubled_steps(monkeypatch, tmp_path, capsys):
+    own(monkeypatch, STRIPES[:, :, :8], None)
+    calls = []
+    forward = DiT.forward
+    monkeypatch.setattr(DiT, "forward", lambda self, x, t, y: calls.append((len(x), y)) or forward(self, x, t, y))
+    train.main(["--dataset", "own", *TINY, "--train-steps", "3", "--out-dir", str(tmp_path)])
+    model, config = load_model(tmp_path / "model.pth")
+    assert (config.num_classes, config.cfg_scale, config.label_dropout) == (1, 1.0, 0.0)
+    assert all((y == 0).all() for _, y in calls)  # no label is ever the null class
+    calls.clear()
+    flags = ["--checkpoint", str(tmp_path / "model.pth"), "--output", str(tmp_path / "strip.png"), "--device", "cpu"]
+    inference.main(flags)
+    assert [size for size, _ in calls] == [1, 1, 1]  # an evaluation a step
+    assert "3 network evaluations" in capsys.readouterr().out
+    with pytest.raises(UserError, match="cfg_scale is 3.0; a model of one class has nothing to be guided by"):
+        inference.main([*flags, "--cfg-scale", "3"])
+    assert Config(num_classes=1).cfg_scale > 1  # published models of one class may have learned to do without it
 
 
 def test_an_unknown_dataset_is_refused_naming_the_known():
@@ -167,3 +345,11 @@ def test_normalize_and_back():
     assert x.min() == -1 and x.max() == 1 and x.dtype == torch.float32
     assert torch.equal(denormalize(x), images)
     assert denormalize(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_no_pixel_is_made_of_what_is_no_number(value):
+    x = torch.zeros(2, 1, 4, 4)
+    x[1, 0, 2, 3] = value
+    with pytest.raises(UserError, match="not finite"):
+        denormalize(x)

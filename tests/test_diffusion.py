@@ -1,11 +1,25 @@
+import itertools
+from fractions import Fraction
+
 import pytest
 import torch
 from conftest import random_dit
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 import config
-from diffusion import LOSSES, PREDICTIONS, SCHEDULES, TIME_SAMPLINGS, Diffusion, draw_time, forgive_overshoot, guided
+from diffusion import (
+    LOSSES,
+    PREDICTIONS,
+    SCHEDULES,
+    TIME_SAMPLINGS,
+    Diffusion,
+    draw_time,
+    forgive_overshoot,
+    guidance_at,
+    guided,
+)
 from dit import DiT
+from support.checkpoint import BLOCKS, PROCESSES
 from variants.flow_matching import PREDICTIONS as FLOW_PREDICTIONS
 from variants.flow_matching import FlowMatching
 
@@ -96,6 +110,16 @@ def test_schedules_are_the_papers():
         table = DDPMScheduler(beta_schedule=theirs).alphas_cumprod
         assert (Diffusion(name).alphas_cumprod - table).abs().max() < 2e-5  # theirs is accumulated in float32
         assert Diffusion(name).alphas_cumprod.dtype == torch.float32
+
+
+@pytest.mark.parametrize("steps", [100, 250, 1000])
+def test_fewer_timesteps_are_larger_ones_and_leave_as_little_of_the_image(steps):
+    scale = 1000 / steps
+    theirs = DDPMScheduler(steps, beta_start=1e-4 * scale, beta_end=0.02 * scale).alphas_cumprod
+    assert torch.allclose(Diffusion("linear", num_timesteps=steps).alphas_cumprod, theirs, rtol=1e-3, atol=1e-6)
+    for schedule in SCHEDULES:
+        assert Diffusion(schedule, num_timesteps=steps).alphas_cumprod[-1] < 1e-4
+    assert (Diffusion("linear", num_timesteps=10).alphas_cumprod > 0).all()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -232,8 +256,25 @@ def test_config_names_what_the_process_has():
     assert fields["time_sampling"] == TIME_SAMPLINGS
     assert config.SAMPLERS == {"diffusion": Diffusion.samplers, "flow_matching": FlowMatching.samplers}
     assert config.PREDICTIONS == {"diffusion": PREDICTIONS, "flow_matching": FLOW_PREDICTIONS}
+    assert tuple(BLOCKS) == config.BLOCKS and tuple(PROCESSES) == tuple(config.SAMPLERS)
     for wrong in (dict(schedule="sigmoid"), dict(prediction="epsilon"), dict(loss="huber"), dict(time_sampling="beta")):
         with pytest.raises(ValueError, match=f"{next(iter(wrong.values()))!r} is not one of"):
             Diffusion(**wrong)
     with pytest.raises(ValueError, match="'heun' is not one of ddpm, ddim, dpm"):
         list(Diffusion().sample(Oracle(), torch.zeros(1, 1, 8, 8), torch.tensor([0]), sampler="heun"))
+
+
+def test_guidance_is_counted_as_in_exact_arithmetic():
+    """On common grids: step i of n is at noise 1 - i/n, the interval's ends are multiples of 0.05."""
+    ends = [Fraction(i, 20) for i in range(21)]
+    for steps in (5, 8, 10, 12, 15, 20, 25, 30, 40, 50, 100):
+        for low, high in itertools.combinations(ends, 2):
+            exact = sum(low < 1 - Fraction(i, steps) <= high for i in range(steps))
+            levels = [1 - i / steps for i in range(steps)]
+            ours = [guidance_at(level, 2.0, (float(low), float(high))) for level in levels]
+            assert ours.count(2.0) == exact and ours.count(1.0) == steps - exact, (steps, low, high)
+
+
+def test_a_scale_below_1_holds_everywhere():
+    assert [guidance_at(level, 0.0, (0.4, 0.6)) for level in (0.1, 0.5, 1.0)] == [0.0] * 3
+    assert [guidance_at(level, 1.5, (0.4, 0.6)) for level in (0.1, 0.4, 0.5, 0.6, 1.0)] == [1.0, 1.0, 1.5, 1.5, 1.0]

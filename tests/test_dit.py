@@ -104,3 +104,11 @@ def test_activation_checkpointing_changes_no_gradient():
     assert len(calls) == 2
     for a, b in zip(plain.parameters(), saving.parameters()):
         assert a.grad is b.grad is None or torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_precision_computes_nearly_the_same(dtype):
+    model, x, t, y = random_dit(), torch.randn(2, 1, 28, 28), torch.tensor([5, 900]), torch.tensor([3, 10])
+    expected = model(x, t, y)
+    out = model.to(dtype)(x.to(dtype), t, y)
+    assert out.dtype == dtype and relative_error(out.float(), expected) < 0.02

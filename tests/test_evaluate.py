@@ -12,13 +12,14 @@ import dataset
 import evaluate
 from config import SAMPLERS, Config
 from dataset import load_dataset, normalize
+from dit import DiT
 from docs import quality
 from evaluate import frechet_distance, inception_score, kth_neighbour, measure, nearest_distance, share_within
 from support import classifier
 from support.checkpoint import load_model, model_config
-from support.classifier import Classifier, judge_of, load_classifier
+from support.classifier import judge_of
 from support.errors import UserError
-from support.files import save_file
+from support.files import load_file, save_file
 
 
 class Features(torch.nn.Module):
@@ -73,18 +74,13 @@ def judged(mnist_dir):
         pytest.skip("classifier.pth is not there, and training one takes minutes: run python evaluate.py")
     train, test = (load_dataset("mnist", mnist_dir, train=part) for part in (True, False))
     judge = judge_of("mnist", mnist_dir, train.images, train.labels)
-    features, logits = judge.read(normalize(test.images))
+    features, _ = judge.read(normalize(test.images))
     training = normalize(train.images[:5000]).flatten(1)
-    reference = {"features": features, "radii": kth_neighbour(features), "training": training}
-    return judge, reference, train, (logits.argmax(1) == test.labels).float().mean().item()
-
-
-def test_the_shipped_classifier_reads_the_test_digits(judged):
-    assert judged[3] >= 0.994
+    return judge, {"features": features, "radii": kth_neighbour(features), "training": training}, train
 
 
 def test_bad_images_measure_worse_than_good_ones_in_every_figure(judged):
-    judge, reference, train, _ = judged
+    judge, reference, train = judged
     images, labels = train.images[-1000:], train.labels[-1000:]
     good = measure(images, labels, judge, reference)
     noisy = (images / 3 + 170 * torch.rand(images.shape)).to(torch.uint8)
@@ -97,26 +93,6 @@ def test_bad_images_measure_worse_than_good_ones_in_every_figure(judged):
     assert good["IS"] > 9 and one["IS"] < 1.1
     copies = measure(train.images[:1000], train.labels[:1000], judge, reference)
     assert copies["nearest"] < 0.1 < good["nearest"]  # memorisation shows
-
-
-def test_a_classifier_learns_is_kept_and_leaves_out_the_last_images(tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    labels = torch.arange(600) % 2
-    images = (labels.view(-1, 1, 1, 1) * 200 + torch.randint(50, (600, 1, 8, 8))).to(torch.uint8)
-    monkeypatch.setattr(classifier, "HELD_OUT", 100)
-    seen = []
-    monkeypatch.setattr(classifier, "normalize", lambda part: seen.append(part) or normalize(part))
-    model = judge_of("blocks", str(tmp_path), images, labels)
-    seen = torch.cat(seen).flatten(1)
-    assert len(seen.unique(dim=0)) <= 500
-    assert not any((image.flatten() == seen).all(1).any() for image in images[-100:])
-    assert (model.read(normalize(images))[1].argmax(1) == labels).float().mean() > 0.95
-    monkeypatch.setattr(classifier, "train_classifier", lambda *_: pytest.fail("trained again"))
-    again = judge_of("blocks", str(tmp_path), images, labels)
-    assert torch.equal(again.head.weight, model.head.weight)
-    (tmp_path / "blocks" / "classifier.pth").write_bytes(b"")
-    with pytest.raises(UserError, match="classifier.pth"):
-        judge_of("blocks", str(tmp_path), images, labels)
 
 
 def test_the_table_of_a_checkpoint_and_of_its_npz_agree(judged, tmp_path, mnist_dir, capsys):
@@ -152,7 +128,8 @@ def test_the_table_of_a_checkpoint_and_of_its_npz_agree(judged, tmp_path, mnist_
         (["--seeds", "0"], "seeds is 0"),
         (["--checkpoint", "nowhere.pth"], "nowhere.pth does not exist"),
         (["--npz", str(ROOT / "README.md")], "is not an .npz of images"),
-        (["--npz", "nowhere.npz"], "is not an .npz of images"),
+        (["--npz", "nowhere.npz"], "nowhere.npz cannot be read (No such file or directory)"),
+        (["--npz", str(ROOT)], "cannot be read (Is a directory)"),
         (["--npz", "nowhere.npz", "--sample-steps", "3"], "--sample-steps would change nothing"),
         (["--json", "/no/such/folder/a.json"], "its folder does not exist"),
         (["--sampler", "heun"], "not one of process diffusion's"),
@@ -164,39 +141,260 @@ def test_bad_flags_are_refused(flags, message):
     assert message in str(error.value)
 
 
+def random_classifier(images, labels):
+    torch.manual_seed(0)
+    return classifier.Classifier(images.shape[1], int(labels.max()) + 1)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Makes a dataset: noise (C, H, W) of a brightness that says the label; 400 to train, 110 to test, 100 held out.
+
+    The judge is of random weights. Returned is a function that makes the dataset again, with other sizes or parts.
+    """
+    monkeypatch.setattr(evaluate, "HELD_OUT", 100)
+    monkeypatch.setattr(classifier, "HELD_OUT", 100)
+    monkeypatch.setattr(classifier, "train_classifier", random_classifier)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+
+    def make(shape=(1, 8, 8), classes=3, name="small", **parts):
+        def load(data_dir, train):
+            generator = torch.Generator().manual_seed(int(train))
+            labels = torch.arange(400 if train else 110) % classes
+            noise = torch.randint(60, (len(labels), *shape), generator=generator)
+            found = (noise + 60 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels
+            return parts.get("train" if train else "test", found)
+
+        monkeypatch.setitem(dataset.DATASETS, name, load)
+
+    make()
+    return make
+
+
+def save_model(path, name="small", **sizes):
+    """A model of random weights for a dataset; its file."""
+    sizes = dict(image_size=8, patch_size=4, hidden_size=32, depth=1, num_heads=2, num_classes=3) | sizes
+    config = Config(**sizes, dataset=name, sampler="ddim", sample_steps=2, cfg_scale=1.0)
+    save_file({"model": random_dit(**sizes).state_dict(), "config": model_config(config)}, path)
+    return path
+
+
+def refusal(*flags) -> str:
+    """What evaluate.py says when it refuses these flags."""
+    with pytest.raises(UserError) as error:
+        evaluate.main([*map(str, flags)])
+    return str(error.value)
+
+
+ZEROS = torch.zeros(110, 8, 8, 1).byte()
+
+
 @pytest.mark.parametrize(
     "images, labels, message",
     [
-        (torch.zeros(200, 28, 28, 1), torch.zeros(200).long(), "arr_0 is torch.float32"),
-        (torch.zeros(200, 28, 28, 1).byte(), torch.zeros(200), "arr_1 torch.float32"),
-        (torch.zeros(200, 28, 28, 1).byte(), torch.zeros(199).long(), "(199,)"),
-        (torch.zeros(200, 28, 28, 3).byte(), torch.zeros(200).long(), "images of (3, 28, 28)"),
-        (torch.zeros(200, 27, 27, 1).byte(), torch.zeros(200).long(), "images of (1, 27, 27)"),
-        (torch.zeros(200, 30, 28, 1).byte(), torch.zeros(200).long(), "images of (1, 30, 28)"),
-        (torch.zeros(200, 28, 28, 1).byte(), torch.full((200,), 10), "labels 10 to 10 are not"),
-        (torch.zeros(200, 28, 28, 1).byte(), torch.full((200,), -1), "labels -1 to -1"),
+        (ZEROS.float(), torch.zeros(110).long(), "arr_0 is float32 (110, 8, 8, 1), arr_1 int64 (110,)"),
+        (ZEROS.float(), None, "arr_0 is float32 (110, 8, 8, 1); they must be uint8"),
+        (ZEROS, torch.zeros(110), "arr_1 float32 (110,)"),
+        (ZEROS, torch.zeros(109).long(), "arr_1 int64 (109,)"),
+        (ZEROS, torch.zeros(110, 3).long(), "arr_1 int64 (110, 3)"),
+        (ZEROS.flatten(1), None, "arr_0 is uint8 (110, 64)"),
+        (
+            ZEROS.expand(-1, -1, -1, 3),
+            None,
+            "images of 8 x 8 pixels and 3 channels do not compare with small's, of 8 x 8",
+        ),
+        (ZEROS[:, :7, :7], None, "images of 7 x 7 pixels and 1 channels"),
+        (ZEROS[:, :, :7], None, "images of 8 x 7 pixels"),
+        (ZEROS.permute(0, 3, 1, 2), None, "images of 1 x 8 pixels and 8 channels"),
+        (ZEROS, torch.full((110,), 3), "labels 3 to 3 are not all of small's, 0 to 2"),
+        (ZEROS, torch.full((110,), -1), "labels -1 to -1"),
+        (ZEROS[:20], None, "s.npz is 20; it must be at least 100"),
+        (ZEROS, None, "s.npz is 110; it must be at most 100"),
     ],
 )
-def test_an_npz_that_does_not_fit_is_refused(images, labels, message, tmp_path, mnist_dir):
-    np.savez(tmp_path / "s.npz", images.numpy(), labels.numpy())
-    with pytest.raises(UserError) as error:
-        evaluate.main(["--npz", str(tmp_path / "s.npz"), "--data-dir", mnist_dir])
-    assert message in str(error.value)
+def test_an_npz_that_does_not_fit_is_refused(images, labels, message, tmp_path, small):
+    arrays = [images.numpy()] if labels is None else [images.numpy(), labels.numpy()]
+    if "is 110" not in message and "(109,)" not in message:
+        arrays = [array[:100] for array in arrays]
+        message = message.replace("(110,", "(100,")
+    np.savez(tmp_path / "s.npz", *arrays)
+    assert message in refusal("--npz", tmp_path / "s.npz", "--dataset", "small")
 
 
-def test_a_checkpoint_that_does_not_fit_the_data_is_refused(tmp_path, mnist_dir):
-    for sizes, message in ((dict(num_classes=7), "draws 7 classes"), (dict(in_channels=3), "images of (3, 28, 28)")):
-        sizes |= dict(image_size=28, patch_size=14, hidden_size=32, depth=1, num_heads=2)
-        config = model_config(Config(**sizes, dataset="mnist"))
-        save_file({"model": random_dit(**sizes).state_dict(), "config": config}, tmp_path / "model.pth")
-        with pytest.raises(UserError) as error:
-            evaluate.main(["--checkpoint", str(tmp_path / "model.pth"), "--data-dir", mnist_dir])
-        assert message in str(error.value)
+def test_an_npz_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    np.savez(tmp_path / "s.npz", np.zeros(3))
+    for error, kind in ((PermissionError(13, "Permission denied"), UserError), (MemoryError(), MemoryError)):
+        monkeypatch.setattr(evaluate.np, "load", lambda path, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(kind) as found:
+            evaluate.read_npz(str(tmp_path / "s.npz"))
+        assert kind is MemoryError or "cannot be read (Permission denied)" in str(found.value)
+    monkeypatch.undo()
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    np.savez(tmp_path / "b.npz", images=np.zeros(3))
+    np.savez(tmp_path / "c.npz", np.array([{}], dtype=object))
+    for name in ("a.npy", "b.npz", "c.npz"):
+        with pytest.raises(UserError, match="is not an .npz of images"):
+            evaluate.read_npz(str(tmp_path / name))
 
 
-def test_the_margin_of_padded_images_is_cropped_before_judging(mnist_dir):
-    data, padded = (load_dataset("mnist", mnist_dir, train=False, image_size=size) for size in (None, 33))
-    assert padded.images.shape[-1] == 33 and torch.equal(evaluate.crop(padded.images[:10], 28), data.images[:10])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_a_checkpoint_and_its_npz_in_whatever_form_measure_the_same(channels, tmp_path, small, capsys):
+    small((channels, 8, 8))
+    path = save_model(tmp_path / "model.pth", in_channels=channels)
+    evaluate.main(["--checkpoint", str(path), "--num-samples", "100", "--json", str(tmp_path / "a.json")])
+    expected = json.loads((tmp_path / "a.json").read_text())["generated"][0]
+    model, config = load_model(path)
+    y = load_dataset("small", "", train=False).labels[:100]
+    images = evaluate.timed_draw(model, config, y, config.seed)[0].permute(0, 2, 3, 1).numpy()
+    labels = y.numpy()
+    forms = [(images, labels.astype(dtype)) for dtype in ("int64", "int32", "uint8", "uint64", ">i2")]
+    if channels == 1:
+        forms.append((images[..., 0], labels))
+    for form in forms:
+        np.savez(tmp_path / "s.npz", *form)
+        flags = ["--npz", str(tmp_path / "s.npz"), "--dataset", "small"]
+        evaluate.main([*flags, "--json", str(tmp_path / "b.json")])
+        assert json.loads((tmp_path / "b.json").read_text())["generated"][0] == pytest.approx(expected)
+    np.savez(tmp_path / "s.npz", images)
+    capsys.readouterr()
+    evaluate.main([*flags, "--json", str(tmp_path / "b.json")])
+    printed = capsys.readouterr()
+    assert "s.npz has no labels (arr_1), so that the accuracy cannot be told" in printed.err
+    (line,) = (line for line in printed.out.splitlines() if line.startswith("accuracy"))
+    assert line.split()[1] == "?" and 0 <= float(line.split()[2]) <= 1
+    expected.pop("accuracy")
+    assert json.loads((tmp_path / "b.json").read_text())["generated"][0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 10, 7), (3, 7, 10)])
+@pytest.mark.parametrize("image_size", [12, 13])
+def test_the_margin_of_padded_images_is_cropped_before_judging(shape, image_size, tmp_path, small, monkeypatch):
+    """A model that draws the test images themselves, in their margin, measures as those do: FD 0, all among them."""
+    labels = torch.arange(100) % 3
+    images = torch.randint(256, (100, *shape), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+    def padded(images):
+        small(shape, test=(images, labels))
+        return load_dataset("small", "", train=False, image_size=image_size).images
+
+    inside = padded(torch.ones_like(images)).bool()
+    noise = torch.randint(256, inside.shape, generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    drawn = torch.where(inside, padded(images), noise)  # the margin is full of noise, which must not count
+    monkeypatch.setattr(evaluate, "timed_draw", lambda *_: (drawn, 1.0))
+    path = save_model(tmp_path / "model.pth", in_channels=shape[0], image_size=image_size, patch_size=1)
+    evaluate.main(["--checkpoint", str(path), "--num-samples", "100", "--json", str(tmp_path / "a.json")])
+    figures = json.loads((tmp_path / "a.json").read_text())["generated"][0]
+    assert figures["FD"] == pytest.approx(0, abs=1e-4) and figures["precision"] == figures["recall"] == 1
+
+
+def test_a_checkpoint_that_does_not_fit_the_data_is_refused(tmp_path, small):
+    def of(**sizes):
+        return "--checkpoint", save_model(tmp_path / "model.pth", **sizes), "--num-samples", 100
+
+    assert "draws 7 classes, not small's 3; name its --dataset" in refusal(*of(num_classes=7))
+    assert "images of 8 x 8 pixels and 3 channels do not compare with small's, of 8 x 8 and 1" in refusal(
+        *of(in_channels=3)
+    )
+    assert "images of 4 x 4 pixels" in refusal(*of(image_size=4))
+    assert "dataset 'big' is not one of auto, mnist, glyphs, small" in refusal(*of(name="big"))
+    small(name="other", shape=(1, 10, 10))
+    assert "images of 8 x 8 pixels and 1 channels do not compare with other's" in refusal(*of(), "--dataset", "other")
+    small(name="other", classes=2)
+    for flags in ((), ("--bits-per-dim", 5)):
+        checkpoint = of()[:2] if flags else of()
+        assert "draws 3 classes, not other's 2" in refusal(*checkpoint, *flags, "--dataset", "other")
+
+
+def test_data_that_cannot_be_evaluated_on_are_refused(tmp_path, small):
+    checkpoint = ("--checkpoint", save_model(tmp_path / "model.pth"), "--num-samples", 100)
+    images, labels = ZEROS.permute(0, 3, 1, 2), torch.arange(110) % 3
+    to_train = "to train 1 channels of 8 x 8, labels up to 2; to test"
+    for parts, message in (
+        (dict(test=(images[:0], labels[:0])), "small, test part: images must be a tensor (N, C, H, W) uint8, and not"),
+        (dict(test=(images[:50], labels[:50])), "100 samples: small has 50 test images; give at most as many"),
+        (dict(test=(images[:, :, :7], labels)), f"{to_train} 1 channels of 7 x 8"),
+        (dict(test=(images.expand(-1, 3, -1, -1), labels)), f"{to_train} 3 channels of 8 x 8"),
+        (dict(test=(images, labels + 1)), f"{to_train} 1 channels of 8 x 8, labels up to 3"),
+        (dict(train=(images, labels)), "small has 110 training images; a judge needs 200 or more"),
+    ):
+        small(**parts)
+        assert message in refusal(*checkpoint)
+    small(classes=1)
+    save_model(tmp_path / "model.pth", num_classes=1)
+    assert "small has one class, or no labels" in refusal(*checkpoint)
+    assert not (tmp_path / "small").exists()
+
+
+def test_seeds_do_not_run_into_those_that_draw_the_same(tmp_path, small):
+    path = save_model(tmp_path / "model.pth")
+    flags = ("--checkpoint", path, "--num-samples", 100, "--seed", 2**32 - 2, "--seeds", 3)
+    assert "seed + seeds is 4294967297; it must be at most 4294967296" in refusal(*flags)
+
+
+def test_what_is_not_finite_never_becomes_a_table(tmp_path, small, monkeypatch, capsys):
+    path, out = save_model(tmp_path / "model.pth"), tmp_path / "a.json"
+    flags = ("--checkpoint", path, "--json", out)
+    evaluate.main([*map(str, flags), "--num-samples", "100"])  # trains the judge
+    out.unlink()
+    capsys.readouterr()
+    bits = monkeypatch.context
+    with bits() as patch:
+        patch.setattr(evaluate, "draw_images", lambda *_: torch.full((100, 1, 8, 8), float("nan")))
+        assert "not finite" in refusal(*flags, "--num-samples", 100)
+    with bits() as patch:
+        patch.setattr(evaluate, "bits_per_dim", lambda process, model, x, y, generator: y / 0.0)
+        assert "the bound of" in refusal(*flags, "--bits-per-dim", 5)
+    content = load_file(path)
+    content["model"]["final_layer.linear.bias"][3] = float("nan")
+    save_file(content, path)
+    for count in ("--num-samples", 100), ("--bits-per-dim", 5):
+        assert "final_layer.linear.bias has values that are not finite" in refusal(*flags, *count)
+    save_model(path)
+    judge = tmp_path / "small" / "classifier.pth"
+    content = load_file(judge)
+    content["model"]["head.weight"][0, 0] = float("inf")
+    save_file(content, judge)
+    assert "classifier.pth holds no classifier; delete it" in refusal(*flags, "--num-samples", 100)
+    assert not out.exists() and "accuracy" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "shape, image_size, times", [((1, 8, 8), 8, 1), ((1, 8, 8), 16, 4), ((2, 4, 8), 8, 2), ((5, 3, 8), 12, 6)]
+)
+def test_bits_are_shared_out_among_the_dimensions_of_the_data_without_margin(
+    shape, image_size, times, tmp_path, small, monkeypatch
+):
+    """Of the same bits a dimension of the padded image, which are the bits of `times` as many as there are of data."""
+    small(shape)
+
+    def bits(process, model, x, y, generator):
+        assert x.shape[1:] == (shape[0], image_size, image_size)
+        return 2.52 + 0.01 * (-1.0) ** torch.arange(len(y))
+
+    monkeypatch.setattr(evaluate, "bits_per_dim", bits)
+    path = save_model(tmp_path / "model.pth", in_channels=shape[0], image_size=image_size)
+    evaluate.main(["--checkpoint", str(path), "--bits-per-dim", "10", "--json", str(tmp_path / "a.json")])
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["bits_per_dim"] == pytest.approx(2.52 * times)
+    assert report["standard_error"] == pytest.approx(0.01 * times / 3)  # the deviation is .01 (10 / 9)^(1/2)
+
+
+def test_a_margin_that_is_known_adds_no_bits_to_those_of_the_data(tmp_path, small, monkeypatch):
+    """A network that knows it, and of the data nothing, needs as many bits for a padded image as for a bare one."""
+    reports = []
+    for image_size in (8, 16):
+        inside = slice((image_size - 8) // 2, (image_size + 8) // 2)
+
+        def knowing(self, x, t, y, inside=inside):
+            x0 = torch.full_like(x, -1.0)  # black: the margin
+            x0[:, :, inside, inside] = 0.0
+            return x0
+
+        monkeypatch.setattr(DiT, "forward", knowing)
+        path = save_model(tmp_path / "model.pth", image_size=image_size)
+        evaluate.main(["--checkpoint", str(path), "--bits-per-dim", "20", "--json", str(tmp_path / "a.json")])
+        reports.append(json.loads((tmp_path / "a.json").read_text())["bits_per_dim"])
+    assert reports[1] == pytest.approx(reports[0], rel=0.02) and reports[0] > 1
 
 
 def test_bits_per_dim_of_a_checkpoint(tmp_path, mnist_dir, capsys, monkeypatch):
@@ -223,13 +421,6 @@ def test_bits_per_dim_of_a_checkpoint(tmp_path, mnist_dir, capsys, monkeypatch):
     save_file({"model": random_dit(**sizes).state_dict(), "config": flow}, tmp_path / "model.pth")
     with pytest.raises(UserError, match="is a bound of diffusions"):
         evaluate.main([*flags, "--bits-per-dim", "3"])
-
-
-def test_a_file_that_is_no_classifier_is_refused(tmp_path):
-    save_file({"a": torch.zeros(1)}, tmp_path / "classifier.pth")
-    with pytest.raises(UserError, match="holds no classifier"):
-        load_classifier(tmp_path / "classifier.pth")
-    assert Classifier(3, 7)(torch.zeros(2, 3, 20, 20))[1].shape == (2, 7)
 
 
 def test_the_measured_curves_are_of_every_sampler_and_setting():

@@ -14,7 +14,7 @@ from config import Config, preset
 from diffusion import Diffusion
 from dit import DiT
 from inference import denoise
-from support import machine
+from support import machine, run_state
 from support.checkpoint import BLOCKS, load_model
 from support.errors import UserError
 from support.files import load_file
@@ -159,8 +159,8 @@ def test_a_resumed_run_ends_with_the_same_bits(optimizer, tmp_path, monkeypatch)
         if len(saved) == 7:  # step 21, in the middle of a row; its model.pth is not written
             raise KeyboardInterrupt
 
-    save = train.save_file
-    monkeypatch.setattr(train, "save_file", save_and_die)
+    save = run_state.save_file
+    monkeypatch.setattr(run_state, "save_file", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "cut", *flags)
     assert load_file(tmp_path / "cut" / "checkpoint.pth")["progress"][0] == 21
@@ -270,6 +270,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
+def test_a_grid_that_is_not_finite_stops_the_run_after_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "denoise", lambda *_: iter([torch.full((32, 1, 8, 8), math.nan)]))
+    with pytest.raises(UserError, match="the images have pixels that are not finite numbers"):
+        fit(tmp_path, "--train-steps", 50, "--checkpoint-every", 4, "--sample-every", 4)
+    state = load_file(tmp_path / "checkpoint.pth")
+    assert state["progress"][0] == 4 and not list((tmp_path / "samples").iterdir())
+    monkeypatch.undo()
+    assert load_model(tmp_path / "model.pth")[1].train_steps == 50
+
+
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path):
     out = ["--out-dir", str(tmp_path / "run")]
     for flags, message in (
@@ -316,15 +326,6 @@ def test_bf16_trains_to_nearly_the_same_loss(tmp_path):
         fit(tmp_path / precision, "--train-steps", 20, "--precision", precision)
     a, b = (float(rows(tmp_path / name)[-1]["loss"]) for name in ("fp32", "bf16"))
     assert a != b and math.isclose(a, b, rel_tol=0.05)
-
-
-def test_precision_follows_the_machine(monkeypatch):
-    cpu = torch.device("cpu")
-    assert machine.choose_precision("bf16", cpu) == "bf16"
-    for avx512, amx, expected in ((False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=avx512: answer)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda answer=amx: answer)
-        assert machine.choose_precision("auto", cpu) == expected
 
 
 def test_a_compiled_run_is_repeatable_and_learns_what_an_eager_one_does(tmp_path, capsys):

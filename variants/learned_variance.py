@@ -17,9 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 from torch.distributions import Normal, kl_divergence
-from tqdm import tqdm
 
 from diffusion import Diffusion
+from support.command_line import counted
 
 
 class LearnedVariance(Diffusion):
@@ -81,7 +81,7 @@ def bits_per_dim(process: Diffusion, model: Callable, x0: Tensor, y: Tensor, gen
     signal_scale, noise_scale = process.signal_and_noise(process.num_timesteps - 1)
     prior = kl_divergence(Normal(signal_scale.to(x0) * x0, noise_scale.to(x0)), Normal(0.0, 1.0))
     bits = prior.mean((1, 2, 3)) / math.log(2)
-    for step in tqdm(range(process.num_timesteps), unit="step", desc="bits per dimension", leave=False, disable=None):
+    for step in counted(range(process.num_timesteps), process.num_timesteps, "bits per dimension"):
         t = torch.full_like(y, step)
         x = process.q_sample(x0, t, torch.randn(x0.shape, device=x0.device, generator=generator))
         bits += variational_bound(process, x0, x, t, model(x, t, y).float())

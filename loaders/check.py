@@ -1,0 +1,51 @@
+"""What a loader promises, held against what it gave, before anything is built on it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from support.errors import UserError
+
+
+def check_loaded(loaded: Any, name: str, train: bool) -> tuple[Tensor, Tensor]:
+    """A loader's images and labels, the labels as int64; None for labels makes all of them 0: one class.
+
+    Images are (N, C, H, W) uint8, not empty; labels are (N,) whole numbers from 0 on. How many classes there are is the
+    training labels' to say, so that those leave no number out.
+
+    Args:
+        name: what the loader is of, for the error.
+
+    Raises:
+        UserError: for a promise not kept, with what was found.
+    """
+
+    def promise(kept: bool, wanted: str, found: str) -> None:
+        if not kept:
+            raise UserError(f"{name}, {'training' if train else 'test'} part: {wanted}; found {found}")
+
+    promise(isinstance(loaded, tuple | list) and len(loaded) == 2, "give a pair, images and labels", kind(loaded))
+    images, labels = loaded
+    of_bytes = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4 and images.numel() > 0
+    promise(of_bytes, "images must be a tensor (N, C, H, W) uint8, and not empty", kind(images))
+    C, H, W = images.shape[1:]
+    swapped = C == H > W or C > 4 >= W  # squares by their last two sizes, or at most four columns
+    promise(not swapped, "images seem to be (N, H, W, C); give images.permute(0, 3, 1, 2)", kind(images))
+    if labels is None:
+        return images, torch.zeros(len(images), dtype=torch.int64)
+    whole = isinstance(labels, Tensor) and torch.can_cast(labels.dtype, torch.int64)
+    shape = (len(images),)
+    promise(whole and labels.shape == shape, f"labels must be a tensor {shape} of whole numbers, or None", kind(labels))
+    labels = labels.long()
+    there = labels.unique().tolist()
+    span = f"{len(there)} different ones from {there[0]} to {there[-1]}"
+    promise(there[0] >= 0 and (not train or there[-1] < len(there)), "labels must be 0, 1, 2, ... without a gap", span)
+    return images, labels
+
+
+def kind(value: Any) -> str:
+    """What a value is, in words."""
+    if not hasattr(value, "dtype"):
+        return f"a {type(value).__name__}" + (f" of {len(value)}" if hasattr(value, "__len__") else "")
+    return f"{type(value).__name__} {tuple(value.shape)} {value.dtype}".replace("torch.", "")

@@ -1,0 +1,72 @@
+"""What a training run tells: what it is, how far it is, loss.csv."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from config import OPTIONS, Config
+from dataset import Dataset
+from support.command_line import Progress, shown
+from support.files import append_line, writing
+
+COLUMNS = "step,loss,learning_rate,images_per_second"
+
+
+def print_summary(config: Config, model: nn.Module, data: Dataset, device: torch.device, step: int) -> None:
+    """What will be done, before it is: a line on each part."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    images = f"{len(data.images):,} images of {tuple(data.images.shape[1:])}"
+    options = ("prediction", *OPTIONS[config.process], "time_sampling", "time_mean")
+    print(f"device     {device}, {config.precision}, {torch.get_num_threads()} threads, compile {config.compile}")
+    print(f"data       {data.name}: {images}, {config.num_classes} labels")
+    print(f"model      {parameters:,} parameters: hidden {config.hidden_size}, depth {config.depth}, {config.block}")
+    print(f"process    {config.process}: " + ", ".join(f"{name} {getattr(config, name)}" for name in options))
+    print(f"steps      {step:,} of {config.train_steps:,} done, {config.batch_size} images each")
+    print(f"files      {shown(config.run_dir)}/: checkpoint.pth, model.pth, loss.csv, loss.png, samples/", flush=True)
+
+
+class RunLog:
+    """The rows of loss.csv, each the mean of the steps since the last; and the progress.
+
+    Args:
+        step: steps done already.
+        rows: of loss.csv, so far.
+        loss_sum, loss_count, seconds: of the steps since the last row.
+    """
+
+    def __init__(
+        self, config: Config, path: Path, step: int, rows: list[str], loss_sum: float, loss_count: int, seconds: float
+    ):
+        self.config, self.path, self.first_step = config, path, step
+        self.rows, self.loss_sum, self.loss_count, self.seconds = rows, loss_sum, loss_count, seconds
+        self.since_start = 0.0
+        with writing(path) as csv:
+            csv.write("".join(line + "\n" for line in (COLUMNS, *rows)).encode())
+        self.bar: Progress | None = None  # it appears with the first step, below what else there is to say
+
+    def counters(self) -> list:
+        """What a checkpoint keeps, for this log to go on from."""
+        return [self.rows, self.loss_sum, self.loss_count, self.seconds]
+
+    def add(self, step: int, loss: float, learning_rate: float, seconds: float) -> None:
+        """Tell of a step done, how long it took and its loss."""
+        self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
+        self.seconds, self.since_start = self.seconds + seconds, self.since_start + seconds
+        done = step == self.config.train_steps
+        if self.bar is None:
+            self.bar = Progress(self.config.train_steps, done=self.first_step, leave=True)
+        if step % self.config.log_every == 0 or done:
+            mean, speed = self.loss_sum / self.loss_count, self.loss_count * self.config.batch_size / self.seconds
+            self.rows.append(f"{step},{mean:.6f},{learning_rate:.6g},{speed:.1f}")
+            append_line(self.path, self.rows[-1])
+            self.bar.note = f"loss {mean:.4f}, {speed:,.0f} images/s"
+            self.loss_sum, self.loss_count, self.seconds = 0.0, 0, 0.0
+        self.bar.update()
+        if step == self.first_step + 50 and not done:
+            tqdm.write(f"about {self.since_start / 50 * (self.config.train_steps - step) / 60:.1f} minutes to go")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

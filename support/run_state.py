@@ -1,0 +1,178 @@
+"""What a training run goes on from: checkpoint.pth, written by save_run, believed by load_checkpoint and restore_run.
+
+It is {"config": dict, "model": state_dict, "ema": state_dict, "optimizers": [state_dict, ...], "progress": list,
+"made_with": dict}. Whatever resuming uses of it is checked against what its config builds, before it is used: a moment
+a row too short would be read past its end, and a wrong count of steps would end in other weights without a word.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from config import ROOT, Config
+from dit import DiT
+from support.checkpoint import BEFORE, OF_THE_MACHINE, check_state, model_config, read_config
+from support.errors import UserError
+from support.files import load_file, locked, save_file, warn
+from support.published import reason_of
+
+FREE_ON_RESUME = ("out_dir", "data_dir", "device", "sample_every", "checkpoint_every")
+
+
+def made_with(model: nn.Module) -> dict[str, Any]:
+    """What the same bits need besides the same numbers."""
+    device = next(model.parameters()).device.type
+    return {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": device}
+
+
+def diverged(out_dir: Path, what: str, step: int) -> UserError:
+    """The error of a training whose numbers are not finite any more."""
+    last_good = f"{out_dir}/checkpoint.pth is from before"
+    return UserError(f"{what} at step {step}; {last_good}; begin anew with a smaller --learning-rate and --out-dir NEW")
+
+
+def refuse_trained(out_dir: Path) -> None:
+    """UserError for a folder in which there are trained weights already."""
+    for name, advice in (("checkpoint.pth", "go on with --resume, or give"), ("model.pth", "give")):
+        if (out_dir / name).exists():
+            raise UserError(f"{out_dir / name} is there already; {advice} another --out-dir")
+
+
+def save_run(
+    out_dir: Path, config: Config, model: DiT, ema: DiT, optimizers: list[torch.optim.Optimizer], progress: list
+) -> None:
+    """Write checkpoint.pth, all that a run goes on from, and model.pth; UserError if the weights are not finite."""
+    if not all(parameter.isfinite().all() for parameter in (*model.parameters(), *ema.parameters())):
+        raise diverged(out_dir, "the weights are not finite", progress[0])
+    data_dir = config.data_dir or os.environ.get("DATA_DIR")  # the same folder from wherever the run goes on
+    fields = vars(config) | {"data_dir": data_dir and os.path.abspath(data_dir)}
+    content = {"config": fields, "model": model.state_dict(), "ema": ema.state_dict(), "progress": progress}
+    content |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "made_with": made_with(model)}
+    save_file(content, out_dir / "checkpoint.pth")
+    save_file({"model": ema.state_dict(), "config": model_config(config)}, out_dir / "model.pth")
+
+
+def load_checkpoint(path: str | Path) -> tuple[Config, dict[str, Any]]:
+    """The config and the state of a checkpoint.pth; files of earlier versions may lack made_with.
+
+    Raises:
+        UserError: unless all that resuming uses fits the config, but for the optimizers: see restore_optimizer.
+    """
+    state = load_file(path)
+    needed = {"config", "model", "ema", "optimizers", "progress"}
+    if not isinstance(state, dict) or not needed <= state.keys() <= needed | {"made_with"}:
+        raise UserError(f"{path} is not a checkpoint of train.py; go on from that of a run, or begin anew")
+    fields = {field.name for field in dataclasses.fields(Config)}
+    config = read_config(state["config"], path, fields.difference(BEFORE, OF_THE_MACHINE))
+    try:
+        for name in ("model", "ema"):
+            check_state(state[name], config)
+            if any(tensor.dtype != torch.float32 for tensor in state[name].values()):
+                raise UserError(f"{name} is not in float32")
+        check_progress(*state["progress"], config.train_steps)
+        if not all(isinstance(value, int | str) for value in state.get("made_with", {}).values()):
+            raise UserError("its made_with is not what save_run writes")
+    except Exception as error:  # a file can lie in more ways than can be listed
+        raise UserError(f"{path} holds no run to go on with: {reason_of(error)}") from error
+    return config, state
+
+
+def check_progress(
+    step: int, rows: list[str], loss_sum: float, loss_count: int, seconds: float, train_steps: int
+) -> None:
+    """UserError unless a checkpoint's counters can be those of a run."""
+    if not isinstance(rows, list) or not all(re.fullmatch(r"\d+(,[-+.\de]+){3}", row) for row in rows):
+        raise UserError("its rows are not those of loss.csv")
+    logged = [0, *(int(row.split(",")[0]) for row in rows)]
+    whole = type(step) is type(loss_count) is int and type(loss_sum) is type(seconds) is float
+    if not (whole and step <= train_steps and math.isfinite(loss_sum) and 0 <= seconds < math.inf):
+        raise UserError(f"it says step {step} of {train_steps}, losses of sum {loss_sum} in {seconds} seconds")
+    if logged != sorted(logged) or loss_count != step - logged[-1] or loss_count < 0:
+        raise UserError(f"it says step {step}, {loss_count} losses since the last row, which is of step {logged[-1]}")
+
+
+def restore_run(
+    state: dict[str, Any], out_dir: Path, model: DiT, ema: DiT, optimizers: list[torch.optim.Optimizer]
+) -> list:
+    """Put a checkpoint's state into a fresh run; returns its progress: step, rows, loss_sum, loss_count, seconds."""
+    path = out_dir / "checkpoint.pth"
+    for name in ("in_channels", "num_classes"):
+        was, is_now = state["config"][name], getattr(model, name)
+        if was != is_now:
+            raise UserError(f"{path}: {name} of its data was {was}, now it is {is_now}; name its --data-dir")
+    try:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        if len(state["optimizers"]) != len(optimizers):
+            raise UserError(f"it has {len(state['optimizers'])} optimizers, and its config builds {len(optimizers)}")
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            restore_optimizer(optimizer, saved, state["progress"][0])
+    except Exception as error:  # a file can lie in more ways than can be listed
+        raise UserError(f"{path} holds no run to go on with: {reason_of(error)}") from error
+    then, now = state.get("made_with", {}), made_with(model)
+    changes = [f"{name} {then[name]!r}, now {now[name]!r}" for name in now if then.get(name, now[name]) != now[name]]
+    if changes:
+        warn(f"the run was on {'; '.join(changes)}: from here on sums may be rounded differently")
+    return state["progress"]
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], step: int) -> None:
+    """Give a fresh optimizer the moments of a saved one; its settings stay the config's.
+
+    Raises:
+        UserError: unless there are finite moments of the right shape for each parameter, after `step` steps.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    muon = isinstance(optimizer, torch.optim.Muon)
+    names = {"momentum_buffer"} if muon else {"step", "exp_avg", "exp_avg_sq"}
+    if set(saved["state"]) != set(range(len(parameters) if step else 0)):
+        raise UserError("its optimizer has not a state for each parameter")
+    state = {}
+    for index, moments in saved["state"].items():
+        if moments.keys() != names:
+            raise UserError(f"its optimizer holds {', '.join(moments)}, not {', '.join(sorted(names))}")
+        for name, tensor in moments.items():
+            shape = () if name == "step" else tuple(parameters[index].shape)
+            if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.isfinite().all():
+                found = f"{tuple(tensor.shape)} {tensor.dtype}"
+                raise UserError(f"{name} of its optimizer is {found}, or not finite; it must be {shape} in float32")
+            if name == "exp_avg_sq" and tensor.min() < 0:
+                raise UserError(f"{name} of its optimizer, a mean of squares, is negative")
+            if name == "step" and tensor != min(step, 2**24):  # float32 counts no further
+                raise UserError(f"its optimizer has taken {tensor:.0f} steps, not {step}")
+        state[index] = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in moments.items()}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """The config and state of the checkpoint that train.py's flags name to go on from.
+
+    Raises:
+        UserError: if it is not there, a flag contradicts it, or its run has not ended.
+    """
+    chosen = {name: given[name] for name in ("preset", "out_dir") if name in given}
+    path = Config(**chosen).run_dir / "checkpoint.pth"
+    if not path.exists():
+        raise UserError(f"nothing to resume: {path} does not exist; leave out --resume, or name the run's --out-dir")
+    with locked(path.parent):
+        config, state = load_checkpoint(path)
+    free = FREE_ON_RESUME + (("train_steps",) if config.lr_decay == "constant" else ())
+    for name, value in given.items():
+        if name not in free and value not in (getattr(config, name), "auto"):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {value} differs from the run's {getattr(config, name)}; leave it out to resume")
+    step = state["progress"][0]
+    if given.get("train_steps", step) < step:
+        raise UserError(
+            f"--train-steps {given['train_steps']}: the run has taken {step} already; give at least as many"
+        )
+    # The folder of the data: by a flag, else $DATA_DIR of today, else that of then (from the root, in older files).
+    data_dir = None if os.environ.get("DATA_DIR") or not config.data_dir else str(ROOT / config.data_dir)
+    changes = {name: value for name, value in given.items() if name in free}
+    return config.replace(**{"data_dir": data_dir, **changes, "out_dir": str(path.parent)}), state

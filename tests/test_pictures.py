@@ -1,0 +1,124 @@
+"""The pictures: what stands where in a grid, a strip and an animation, for any number of channels."""
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dataset import normalize
+from support.errors import UserError
+from support.pictures import frames_shown, mosaic, save_gif, save_png, save_strip
+
+BORDER = [64, 64, 64]
+
+
+def bytes_of(*shape: int) -> torch.Tensor:
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_and_coloured_images_stand_row_by_row(channels):
+    images = bytes_of(5, channels, 4, 4)
+    picture = mosaic(normalize(images), columns=2)
+    assert picture.shape == (3 * 5 + 1, 2 * 5 + 1, 3) and picture.dtype == np.uint8
+    for i, image in enumerate(images):
+        top, left = i // 2 * 5 + 1, i % 2 * 5 + 1
+        expected = image.permute(1, 2, 0).expand(-1, -1, 3).numpy()
+        assert (picture[top : top + 4, left : left + 4] == expected).all()
+    for line in (
+        *picture[::5],
+        *picture.swapaxes(0, 1)[::5],
+        picture[11:, 6:].reshape(-1, 3),
+    ):  # the last place is empty
+        assert (line == BORDER).all()
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_images_of_other_channels_are_shown_channel_by_channel(channels):
+    images = bytes_of(3, channels, 4, 4)
+    picture = mosaic(normalize(images), columns=2)
+    assert picture.shape == (2 * 5 + 1, 2 * channels * 5 + 1, 3)
+    for i, image in enumerate(images):
+        for c, channel in enumerate(image):
+            top, left = i // 2 * 5 + 1, (i % 2 * channels + c) * 5 + 1
+            assert (picture[top : top + 4, left : left + 4] == channel.unsqueeze(2).numpy()).all()
+
+
+def test_one_image_alone_has_no_border():
+    image = bytes_of(1, 3, 4, 4)
+    assert (mosaic(normalize(image), columns=9) == image[0].permute(1, 2, 0).numpy()).all()
+
+
+def test_a_picture_of_no_numbers_is_none(tmp_path):
+    x = torch.zeros(2, 1, 4, 4)
+    x[1, 0, 0, 0] = float("nan")
+    for save, *content in ((save_png, x, tmp_path / "a", 2), (save_strip, {0: x}, [0, 1], tmp_path / "a")):
+        with pytest.raises(UserError, match="not finite"):
+            save(*content)
+    with pytest.raises(UserError, match="not finite"):
+        save_gif([x], tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_frames_shown_are_few_evenly_spaced_and_end_at_the_image():
+    for steps in range(1, 300):
+        for most in (13, 50):
+            shown = frames_shown(steps, most)
+            gaps = [b - a for a, b in zip(shown, shown[1:])]
+            assert shown[0] == 0 and shown[-1] == steps and len(shown) <= most
+            assert len(set(gaps[1:])) <= 1 and 0 < gaps[0] <= max(gaps)
+    assert frames_shown(12, 13) == list(range(13)) and frames_shown(1000, 13) == list(range(0, 1001, 100))
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved while a test runs, with the resolution of each."""
+    saved, savefig = [], Figure.savefig
+
+    def keep(self, *args, **kwargs):
+        saved.append((self, kwargs["dpi"]))
+        savefig(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_the_ticks_of_a_strip_stand_at_the_middle_of_its_images(channels, figures, tmp_path):
+    frames = {step: normalize(bytes_of(2, channels, 4, 4)) for step in (0, 5, 10)}
+    save_strip(frames, [7, 3], tmp_path / "strip.png")
+    (axes,) = figures[0][0].axes
+    tiles = 1 if channels in (1, 3) else channels
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "5", "10"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["7", "3"]
+    assert axes.get_xticks() == pytest.approx([5 * tiles * (i + 0.5) for i in range(3)])
+    assert axes.get_yticks() == pytest.approx([2.5, 7.5])
+    (picture,) = axes.get_images()
+    assert picture.get_array().shape == (2 * 5 + 1, 3 * tiles * 5 + 1, 3)
+    width, height = figures[0][0].get_size_inches()
+    assert (width - 0.6) / (height - 0.6) == pytest.approx(3 * tiles / 2)  # square cells
+
+
+def test_the_strip_of_large_images_is_large(tmp_path):
+    save_strip(dict(enumerate([torch.zeros(1, 3, 256, 256)] * 4)), [207], tmp_path / "strip.png")
+    assert Image.open(tmp_path / "strip.png").width >= 4 * 256
+
+
+def test_a_strip_is_never_larger_than_matplotlib_draws(figures, tmp_path, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, dpi, **__: figures.append((self, dpi)))
+    save_strip({step: torch.zeros(1, 300, 8, 8) for step in range(13)}, [0], tmp_path / "strip.png")
+    ((figure, dpi),) = figures
+    assert 2**15 < max(figure.get_size_inches()) * dpi < 2**16
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_an_animation_shows_each_frame(channels, tmp_path):
+    frames = [torch.full((2, channels, 4, 4), level) for level in (-1.0, 0.0, 1.0)]
+    save_gif(frames, tmp_path / "a.gif")
+    gif = Image.open(tmp_path / "a.gif")
+    tiles = 2 * (1 if channels in (1, 3) else channels)
+    assert gif.n_frames == 3 and gif.size == (3 * (tiles * 5 + 1), 3 * 6)
+    for i, level in enumerate((0, 128, 255)):
+        gif.seek(i)
+        assert abs(np.array(gif.convert("L"))[8, 8].item() - level) <= 1  # inside the first image
