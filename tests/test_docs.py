@@ -47,7 +47,8 @@ def words_of_the_code() -> set[str]:
 
 
 WORDS = words_of_the_code()
-FLAGS = {"--help"} | {"--" + name.replace("_", "-") for name in Config.__dataclass_fields__} | {w for w in WORDS if w[:2] == "--"}
+FLAGS = {"--help", *("--" + name.replace("_", "-") for name in Config.__dataclass_fields__)}
+FLAGS |= {word for word in WORDS if word.startswith("--")}
 
 
 def names_in(text: str) -> set[str]:

@@ -1,9 +1,10 @@
 """Every notebook runs from top to bottom with its "parameters" cell made small, and is committed as it ran in full.
 
-Outputs grow stale in two ways. When a notebook is edited, or a file that it reads changes, its fingerprint does not fit
-any more (docs/notebooks.py). When the modules behind it change, what they print or draw does, and here each cell's small
-run is compared with what is committed: the same words, whatever the numbers, and as many pictures. `make notebooks`
-renews the outputs. Numbers that a change of the modules moves go unseen: only running everything again could tell.
+Outputs grow stale in two ways. When a notebook is edited, or a file that it reads changes, its fingerprint no longer
+fits (docs/notebooks.py). When the modules behind it change, so may what they print and draw: here each cell's small run
+is compared with what is committed, which must have the same words, whatever the numbers, and as many pictures.
+`make notebooks` renews the outputs. A change of the modules that moves numbers alone goes unseen: only running
+everything again could tell.
 """
 
 import csv
