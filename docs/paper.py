@@ -12,6 +12,7 @@ unlike there, the network predicts x_0. Each figure is from 2,000 images. notebo
 import csv
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from benchmark import count_gflops
 from config import ROOT, Config, preset
@@ -23,7 +24,7 @@ from support.files import append_line
 from support.run_state import resumed
 from train import train
 
-CSV = ROOT / "docs" / "paper.csv"
+CSV = Path(__file__).with_suffix(".csv")
 COLUMNS = "experiment block patch_size hidden_size depth seed step sample_steps parameters gflops accuracy FD_ratio"
 NUM_SAMPLES = 2000
 RECIPE = dict(learning_rate=1e-3, lr_decay="constant", compile="off", sampler="ddpm", cfg_scale=1.0)

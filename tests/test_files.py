@@ -208,7 +208,7 @@ def hold_lock(folder, pipe):
 def hold(folder):
     """Another process that has the folder's lock, and what it waits for to end."""
     here, there = FORK.Pipe()
-    process = FORK.Process(target=hold_lock, args=(folder, there))
+    process = FORK.Process(target=hold_lock, args=(folder, there), daemon=True)
     process.start()
     assert here.recv() == "locked"
     return process, here

@@ -163,10 +163,11 @@ def test_what_is_more_than_plain_data_is_named_and_nothing_is_called_damaged(our
     assert_refused(path, "multiarray._reconstruct", "save the weights alone")
 
 
-def test_a_file_of_the_time_before_zips_loads(ours, tmp_path):
+def test_a_file_of_the_time_before_zips_loads_and_no_checksums_are_missed(ours, tmp_path, capsys):
     torch.save(ours.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert not zipfile.is_zipfile(tmp_path / "old.pt")
     assert_loads(tmp_path / "old.pt", ours.state_dict())
+    assert "checksums" not in capsys.readouterr().err
 
 
 def test_checksums_that_do_not_fit_are_a_note_in_a_foreign_file_and_an_error_in_ours(ours, tmp_path, capsys):

@@ -5,7 +5,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT, run
@@ -33,53 +32,57 @@ FLAGS = [
 FLAGS += ["--hidden-size", 64, "--depth", 2, "--batch-size", 16, "--sample-steps", 3, "--compile", "off"]
 
 
-def steps_written(out_dir) -> int:
-    try:
-        return max(0, (out_dir / "loss.csv").read_text().count("\n") - 1)
-    except FileNotFoundError:
-        return 0
+# A run that kills itself past a step: between two steps, or when a checkpoint is written but has not its name yet.
+KILLED = """
+import os, pathlib, runpy, signal, sys
+import torch
+
+out_dir, target, during_write = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
+
+def deadly(function):
+    def call(*args, **kwargs):
+        result = function(*args, **kwargs)
+        csv = out_dir / "loss.csv"
+        if csv.exists() and csv.read_text().count("\\n") > target:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+
+if during_write:
+    torch.save = deadly(torch.save)
+else:
+    torch.nn.utils.clip_grad_norm_ = deadly(torch.nn.utils.clip_grad_norm_)
+sys.argv = ["train.py", *sys.argv[4:]]
+runpy.run_path("train.py", run_name="__main__")
+"""
 
 
-def kill_once(command, out_dir, target, during_write) -> bool:
-    """Start, or go on with, the run; SIGKILL it past the target step. True if that cut a checkpoint's write short."""
+def kill_once(flags, out_dir, target, during_write) -> None:
+    """Start, or go on with, the run; it dies by SIGKILL past the target step."""
     for scrap in out_dir.glob("*.tmp"):
         scrap.unlink()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while steps_written(out_dir) < target or not (out_dir / "checkpoint.pth").exists():
-        assert process.poll() is None, "the run ended before it was killed"
-        time.sleep(0.002)
-    if during_write:
-        while not list(out_dir.glob("*.pth.*.tmp")):
-            assert process.poll() is None, "the run ended before it was killed"
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    command = [sys.executable, "-c", KILLED, out_dir, target, during_write, *flags]
+    killed = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert load_file(out_dir / "checkpoint.pth")["progress"][0] < STEPS  # inside the run
-    return bool(list(out_dir.glob("*.pth.*.tmp")))
+    assert bool(list(out_dir.glob("*.tmp"))) == during_write
 
 
 def check_kills(tmp_path, glyphs_dir, kills, in_writes):
     seed = int(os.environ.get("SEED", random.randrange(10**6)))
     print(f"SEED={seed}")
     rng = random.Random(seed)
-    flags = [*FLAGS, "--data-dir", glyphs_dir]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = [*FLAGS, "--data-dir", glyphs_dir]
     assert run("train.py", *flags, "--out-dir", whole).returncode == 0
-    # Kills are in the order of their steps, over the whole run; no write is left to be cut after step STEPS - 20.
+    # Kills are in the order of their steps, over the whole run; after step STEPS - 20 there may be no write to cut.
     kinds = [True] * in_writes + [False] * (kills - in_writes)
     rng.shuffle(kinds)
     targets = sorted(rng.randrange(1, STEPS - 20) for _ in kinds)
-    cut_writes = 0
     for target, during_write in zip(targets, kinds):
-        hit = False
-        for attempt in range(5):  # a write takes milliseconds: a kill may come too late, and another is needed
-            resume = ["--resume"] if (cut / "checkpoint.pth").exists() else []
-            command = [sys.executable, "train.py", *map(str, flags), "--out-dir", str(cut), *resume]
-            hit = kill_once(command, cut, target, during_write)
-            if hit or not during_write:
-                break
-        cut_writes += hit
-        print(f"killed past step {target}" + (", in the middle of a write" if hit else ""))
-    assert cut_writes >= 3
+        resume = ["--resume"] if (cut / "checkpoint.pth").exists() else []
+        kill_once([*flags, "--out-dir", cut, *resume], cut, target, during_write)
+        print(f"killed past step {target}" + (", in the middle of a write" if during_write else ""))
     result = run("train.py", "--resume", "--out-dir", cut)
     assert result.returncode == 0, result.stderr
     a, b = load_file(whole / "checkpoint.pth"), load_file(cut / "checkpoint.pth")
