@@ -4,7 +4,7 @@
     x = x + gate_2 *       MLP(LayerNorm(x) * (1 + scale_2) + shift_2)
 
 The six vectors are Linear(SiLU(c)) of the conditioning c (timestep + label). That linear layer starts at zero
-("-Zero"), so every gate is 0 and a fresh block is the identity: depth costs nothing at the start.
+("-Zero"), so every gate is 0 and a fresh block is the identity: a deep network starts as simple as a shallow one.
 variants/conditioning.py has the three designs that the paper compares it with.
 
 x (B, N, D) tokens, c (B, D)  ->  (B, N, D)

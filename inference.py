@@ -98,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     basics = parser.group("basics")
     basics.add_argument("--checkpoint", metavar="FILE", help="weights (default: the repository's model.pth)")
     basics.add_argument(
-        "--labels", metavar="LABELS", help="a digit a character, or numbers with commas (default: all; of many, ten)"
+        "--labels",
+        metavar="LABELS",
+        help="digits, such as 0123; of more than ten classes numbers with commas (default: all)",
     )
     basics.add_argument(
         "--output",

@@ -1,7 +1,8 @@
 """Train a DiT: `python train.py`, from random weights to digits. The loop is at the end of `train`.
 
 Every step draws images, labels, timesteps and noise from a generator seeded by (seed, step) alone, and a
-checkpoint holds all the rest; so a run that is cut off anywhere and resumed ends with the same bits.
+checkpoint holds all the rest; so a run that is cut off anywhere and resumed on the same machine ends with the
+same bits.
 """
 
 from support.start import start_quietly

@@ -1,4 +1,4 @@
-"""Digits drawn from the fonts that matplotlib ships: the data set of a machine without a network.
+"""Digits drawn from the fonts that matplotlib ships: the data set of a machine without an internet connection.
 
 Each image is a random digit of a random font, stretched, sheared, turned, shifted, its strokes thinned or
 thickened. 60,000 take about two seconds, because the work is one `grid_sample` over tables of distances.

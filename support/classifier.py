@@ -1,7 +1,7 @@
 """The judge: a small convolutional classifier, whose reading of a digit and whose features `evaluate.py` uses.
 
 It learns from the first 50,000 training images alone; it never sees the last 10,000, the test set, or anything
-generated. MNIST's ships as classifier.pth, so that two people's figures compare; for any other data
+generated. MNIST's ships as support/classifier.pth, so that two people's figures compare; for any other data
 `python evaluate.py` trains one first (a few minutes on two cores) and keeps it for as long as the data stay the same.
 """
 
