@@ -97,17 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("Turn noise into images with a trained DiT.")
     basics = parser.group("basics")
     basics.add_argument("--checkpoint", metavar="FILE", help="weights (default: the repository's model.pth)")
-    basics.add_argument(
-        "--labels",
-        metavar="LABELS",
-        help="digits, such as 0123; of more than ten classes numbers with commas (default: all)",
-    )
-    basics.add_argument(
-        "--output",
-        metavar="FILE",
-        help="the picture: a row for each label, noise to image (default: the repository's inference.png)",
-    )
-    basics.add_argument("--gif", metavar="FILE", help="an animation of the way there")
+    basics.add_argument("--labels", metavar="LABELS", help="0123, or numbers with commas: 207,360 (default: all)")
+    basics.add_argument("--output", metavar="FILE", help="the picture (default: the repository's inference.png)")
+    basics.add_argument("--gif", metavar="FILE", help="an animation of the way from noise to image")
     parser.add_number("--num-samples", "a grid of so many, the labels in turn, not the way there", "basics", most=10**8)
     basics.add_argument("--npz", metavar="FILE", help="the --num-samples as arrays: arr_0 images, arr_1 labels")
     parser.add_fields("seed", default="the checkpoint's")
