@@ -67,12 +67,7 @@ class Config:
     checkpoint_every: int = option(1000, "steps between checkpoints", int, least=1, most=10**9)
 
     image_size: int | None = option(
-        None,
-        "height and width in pixels, larger pads (default: the images')",
-        int,
-        group="network",
-        least=1,
-        most=2**14,
+        None, "side in pixels (default: the data's)", int, group="network", least=1, most=2**14
     )
     in_channels: int = option(1, "channels of an image; comes from the dataset", int, least=1, most=2**14)
     num_classes: int = option(10, "number of labels; comes from the dataset", int, least=1, most=10**7)
@@ -99,9 +94,7 @@ class Config:
     ema_decay: float = option(0.999, "what the average of weights keeps of itself a step", float, least=0, below=1)
     label_dropout: float = option(0.1, "share of labels dropped, for guidance", float, least=0, below=1)
 
-    precision: str = option(
-        "auto", "auto: bf16 where that is faster", choices=("auto", "fp32", "bf16"), group="machine"
-    )
+    precision: str = option("auto", "auto: bf16 if faster", choices=("auto", "fp32", "bf16"), group="machine")
     compile: str = option("auto", "torch.compile the training step; auto: in long runs", choices=("auto", "on", "off"))
     activation_checkpointing: bool = option(False, "recompute activations: less memory, more work", bool)
     accumulation_steps: int = option(1, "split each batch into so many parts: less memory", int, least=1, most=2**20)
