@@ -66,9 +66,7 @@ class Config:
     sample_every: int = option(1000, "steps between sample grids", int, least=1, most=10**9)
     checkpoint_every: int = option(1000, "steps between checkpoints", int, least=1, most=10**9)
 
-    image_size: int | None = option(
-        None, "side in pixels (default: the data's)", int, group="network", least=1, most=2**14
-    )
+    image_size: int | None = option(None, "pixels a side, else the data's", int, group="network", least=1, most=2**14)
     in_channels: int = option(1, "channels of an image; comes from the dataset", int, least=1, most=2**14)
     num_classes: int = option(10, "number of labels; comes from the dataset", int, least=1, most=10**7)
     patch_size: int = option(14, "a token is a square of this many pixels", int, least=1, most=2**14)
