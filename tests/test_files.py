@@ -393,13 +393,14 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(caches):
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
 )
-def test_too_little_memory_is_told_as_that(error, caches, monkeypatch):
+def test_too_little_memory_is_told_as_that(error, caches, monkeypatch, capsys):
     monkeypatch.setattr(torch, "load", raises(error))
     for path, load in caches.items():
         with pytest.raises(type(error)):
             load(path)
-        with pytest.raises(SystemExit, match="^error: not enough memory"):
+        with pytest.raises(SystemExit):
             run_script(partial(load, path))
+        assert capsys.readouterr().err.startswith("error: not enough memory")
 
 
 def test_a_flipped_size_that_asks_for_too_much_is_damage(tmp_path, monkeypatch):
