@@ -63,8 +63,8 @@ class Config:
     learning_rate: float = option(3e-3, "peak learning rate", float, above=0)
     seed: int = option(0, "seed of everything random", int, least=0, below=2**32)  # CPU generators keep 32 bits
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    sample_every: int = option(1000, "steps between sample grids", int, least=1, most=10**9)
-    checkpoint_every: int = option(1000, "steps between checkpoints", int, least=1, most=10**9)
+    sample_every: int = option(1000, "steps between sample grids", int, least=1, most=2**62)
+    checkpoint_every: int = option(1000, "steps between checkpoints", int, least=1, most=2**62)
 
     image_size: int | None = option(None, "pixels a side, else the data's", int, group="network", least=1, most=2**14)
     in_channels: int = option(1, "channels of an image; comes from the dataset", int, least=1, most=2**14)
@@ -96,7 +96,7 @@ class Config:
     compile: str = option("auto", "torch.compile the training step; auto: in long runs", choices=("auto", "on", "off"))
     activation_checkpointing: bool = option(False, "recompute activations: less memory, more work", bool)
     accumulation_steps: int = option(1, "split each batch into so many parts: less memory", int, least=1, most=2**20)
-    log_every: int = option(50, "steps between rows of loss.csv", int, least=1, most=10**9)
+    log_every: int = option(50, "steps between rows of loss.csv", int, least=1, most=2**62)
 
     sampler: str = option("dpm++", "ddpm, ddim or dpm++; euler or heun for flow_matching", group="sampling")
     sample_steps: int = option(12, "steps from noise to image, of at most 1000 timesteps", int, least=1, most=1000)

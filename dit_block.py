@@ -88,9 +88,9 @@ class DiTBlock(nn.Module):
         return x
 
     @staticmethod
-    def enter(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def enter(x: Tensor, t_emb: Tensor, y_emb: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, D), embedded t and y (B, D) -> the tokens and the conditioning c of the blocks."""
-        return x, t + y
+        return x, t_emb + y_emb
 
     @staticmethod
     def leave(x: Tensor, num_tokens: int) -> Tensor:

@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         refuse_trained(out_dir)
     device = choose_device(config.device)
     data = load_dataset(config.dataset, config.data_folder, image_size=config.image_size)
+    of_one_class = int(data.labels.max()) == 0  # there is no other class to be told from
     config = config.replace(
         dataset=data.name,
         image_size=data.images.shape[-1],
@@ -111,9 +112,8 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         num_classes=int(data.labels.max()) + 1,
         precision=choose_precision(config.precision, device),
         compile=choose_compile(config.compile, config.train_steps),
+        **(dict(cfg_scale=1.0, label_dropout=0.0) if of_one_class else {}),
     )
-    if config.num_classes == 1:  # there is no other class to be told from
-        config = config.replace(cfg_scale=1.0, label_dropout=0.0)
     check_size(config, device)
     images, labels = data.images.to(device), data.labels.to(device)
 
@@ -126,26 +126,27 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     process, optimizers, generator = build_process(config), build_optimizers(model, config), torch.Generator(device)
     step, *counters = restore_run(state, out_dir, model, ema, optimizers) if state else (0, [], 0.0, 0, 0.0)
 
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")  # not of the loss
+
     def try_step(network: nn.Module) -> Tensor:
         x0, y, *drawn = next(draw_batch(images, labels, process, config, generator))
         return process.loss(autocast(network), x0, y, drawn=drawn)
 
+    def save_checkpoint() -> None:
+        save_run(out_dir, config, model, ema, optimizers, [step, *log.counters()])
+
     (out_dir / "samples").mkdir(parents=True, exist_ok=True)
-    print_summary(config, model, data, device, step)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    compiling = config.compile == "on" and step < config.train_steps
-    network = autocast(compile_network(model, try_step) if compiling else model)  # Ctrl-C may still act at once
-    with (
-        locked(out_dir),
-        deferred_signals() as signals,
-        closing(RunLog(config, out_dir / "loss.csv", step, *counters)) as log,
-    ):
-
-        def save_checkpoint() -> None:
-            save_run(out_dir, config, model, ema, optimizers, [step, *log.counters()])
-
+    with ExitStack() as stack:
+        stack.enter_context(locked(out_dir))
+        if not state:
+            refuse_trained(out_dir)  # again, for another run may have ended here meanwhile
+        log = stack.enter_context(closing(RunLog(config, out_dir / "loss.csv", step, *counters)))
         if not state:
             save_checkpoint()  # so that there is something to resume from the first moment on
+        print_summary(config, model, data, device, step)
+        compiling = config.compile == "on" and step < config.train_steps
+        network = autocast(compile_network(model, try_step) if compiling else model)
+        signals = stack.enter_context(deferred_signals())  # from here on Ctrl-C saves; while compiling it acts at once
         while step < config.train_steps and not signals:
             start = time.perf_counter()
             generator.manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # runs of other seeds start far away

@@ -5,7 +5,7 @@ thickened. 60,000 take about two seconds, because the work is one `grid_sample` 
 """
 
 import hashlib
-import sys
+import inspect
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from support.errors import DamagedFile, UserError
+from support.errors import DamagedFile, UserError, believing
 from support.files import load_file, save_file, warn
 
 GLYPH_FONTS = (
@@ -79,8 +79,9 @@ def draw_glyphs(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def drawn_by() -> str:
-    """A key of all that the glyphs follow from: this file and matplotlib's fonts."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest() + " " + version("matplotlib")
+    """A key of all that the glyphs follow from: the code that draws them and matplotlib's fonts."""
+    code = "".join(map(inspect.getsource, (glyph_distances, draw_glyphs))) + " ".join(GLYPH_FONTS)
+    return hashlib.sha256(code.encode()).hexdigest() + " " + version("matplotlib")
 
 
 def load_glyphs(data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
@@ -95,11 +96,9 @@ def load_glyphs(data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
             content = load_file(path)
         except DamagedFile as error:
             raise UserError(f"{error}; delete it to have the glyphs drawn anew") from error
-        try:
+        with believing(f"{path} holds no glyphs; delete it to have them drawn anew"):
             images, labels, *origin = content
             images, labels = images.view(-1, 1, 28, 28), labels.view(len(images))
-        except Exception as error:  # a file can hold anything
-            raise UserError(f"{path} holds no glyphs; delete it to have them drawn anew") from error
         if origin in ([], [drawn_by()]):  # earlier versions, which drew the same, did not keep it
             return images, labels
         warn(f"the glyphs of {path} were drawn in another way, so they are drawn anew")
@@ -108,5 +107,5 @@ def load_glyphs(data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file([images, labels, drawn_by()], path)
     except (OSError, UserError) as error:
-        print(f"The glyphs are drawn anew each time: {error}", file=sys.stderr)
+        warn(f"the glyphs are drawn anew each time: {error}")
     return images, labels

@@ -17,10 +17,10 @@ from config import Config
 from diffusion import Diffusion
 from dit import DiT
 from dit_block import DiTBlock
-from support.errors import UserError, is_memory_error
+from support.errors import UserError, believing
 from support.files import read_file, warn
 from support.machine import check_memory
-from support.published import DOWNLOADS, read_published, reason_of, sizes_of, weights_of
+from support.published import DOWNLOADS, read_published, sizes_of, weights_of
 from variants.conditioning import AdaLNBlock, CrossAttentionBlock, InContextBlock
 from variants.flow_matching import FlowMatching
 from variants.learned_variance import LearnedVariance
@@ -73,7 +73,7 @@ def build_process(config: Config) -> Diffusion | FlowMatching:
 
 def read_config(values: Any, path: str | Path, needed: Iterable[str] = OF_EVERY_FILE) -> Config:
     """A Config from what a file says of it, or UserError naming the file; the fields needed have to be there."""
-    try:
+    with believing(f"{path} holds no usable config"):
         if not isinstance(values, dict):
             raise TypeError("it is no dict")
         for name in needed:
@@ -82,8 +82,6 @@ def read_config(values: Any, path: str | Path, needed: Iterable[str] = OF_EVERY_
         if isinstance(values.get("seed"), int):
             values = {**values, "seed": values["seed"] % 2**32}  # larger ones, once allowed, drew the same numbers
         return Config(**values)
-    except Exception as error:  # a file can hold anything
-        raise UserError(f"{path} holds no usable config ({reason_of(error)})") from error
 
 
 def check_state(state: dict[str, Tensor], config: Config) -> DiT:
@@ -152,13 +150,9 @@ def load_model(
         config, state, parts = read_config(content["config"], path), content.get("ema", content["model"]), {}
     else:
         config, state, parts = read_published(content, path, published)
-    try:
+    with believing(f"{path} holds no usable model"):
         model = check_state(state, config)
         for name, part in parts.items():
             model.set_submodule(name, part)
         model.to_empty(device=device).load_state_dict(state)
-    except Exception as error:  # a file can lie in more ways than can be listed
-        if is_memory_error(error):
-            raise
-        raise UserError(f"{path} holds no usable model: {reason_of(error)}") from error
     return model.eval(), config

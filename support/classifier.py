@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dataset import normalize
 from support.command_line import Progress
-from support.errors import DamagedFile, UserError
+from support.errors import DamagedFile, UserError, believing
 from support.files import load_file, save_file
 
 HELD_OUT = 10_000  # the last training images: the "real" column of the evaluation
@@ -96,14 +96,12 @@ def load_classifier(path: str | Path) -> tuple[Classifier, str | None]:
         content = load_file(path)
     except DamagedFile as error:
         raise UserError(f"{error}; delete it to have a classifier trained") from error
-    try:
+    with believing(f"{path} holds no classifier; delete it to have one trained"):
         state, data = content.get("model", content), content.get("data")
         model = Classifier(state["convolutions.0.weight"].shape[1], len(state["head.bias"]))
         model.load_state_dict(state)
         if not all(tensor.isfinite().all() for tensor in state.values()):
             raise ValueError("its weights are not finite")
-    except Exception as error:  # a file can hold anything
-        raise UserError(f"{path} holds no classifier; delete it to have one trained") from error
     return model.eval().to(memory_format=torch.channels_last), data  # the faster order of pixels on a CPU
 
 

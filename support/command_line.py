@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import os
 import shlex
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from config import ROOT, Config
-from support.errors import MEMORY, UserError, check_limits, is_memory_error
+from support.errors import MEMORY, UserError, check_limits, is_memory_error, one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,12 +94,6 @@ def parse_labels(text: str, num_classes: int) -> list[int]:
     return labels
 
 
-def one_line(message: str) -> str:
-    """The message as one line that any terminal can show: a path may hold line breaks, a number 5,000 digits."""
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
-    return line if len(line) <= 2000 else f"{line[:900]} ... {line[-900:]}"
-
-
 def from_here(path: str | Path) -> str:
     """A path as one would give it from here: relative where it is below this folder."""
     path = Path(path).absolute()
@@ -172,6 +167,7 @@ class Unheard:
 
     def __init__(self, stream: Any):
         self.stream = stream or open(os.devnull, "w")  # None where it was closed from the start
+        self.lost: OSError | None = None  # what else went wrong, such as a full disk
         with contextlib.suppress(AttributeError):
             self.stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason either
 
@@ -185,10 +181,13 @@ class Unheard:
     def attempt(self, action: Callable, *arguments: str) -> None:
         try:
             action(*arguments)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF):
+                self.lost = error
             # To nowhere, for what the stream still holds would fail again at the end.
             with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+                number = self.stream.fileno()
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -227,7 +226,10 @@ def run_script(main: Callable[[], None]) -> None:
         except KeyboardInterrupt:
             sys.exit(130)
         else:
-            return
+            out.flush()
+            if not out.lost:
+                return
+            message = f"what was printed is lost ({out.lost.strerror}); free some space, and run it again"
         finally:
             signal.signal(signal.SIGINT, interrupt)  # as before, so that Ctrl-C while it ends is quiet too
             out.flush()

@@ -1,7 +1,9 @@
 """Mistakes that the user can mend: a message that says what, which value, and what to do."""
 
+import contextlib
 import importlib
 import operator
+from collections.abc import Iterator
 from types import ModuleType
 
 MEMORY = "not enough memory; try a smaller model or --batch-size, or train with --accumulation-steps"
@@ -47,3 +49,30 @@ def optional(module: str, user: str) -> ModuleType:
 def is_memory_error(error: BaseException) -> bool:
     """Whether torch, of any device, or Python says that memory is short."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in str(error))
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong with a file's content, in one line."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+@contextlib.contextmanager
+def believing(what: str) -> Iterator[None]:
+    """While what a file says is used, which may be anything: an error becomes a UserError of `what` and the reason.
+
+    Too little memory is not the file's fault, and passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_memory_error(error):
+            raise
+        raise UserError(f"{what} ({reason_of(error)})") from error
+
+
+def one_line(message: str) -> str:
+    """The message as one line that any terminal can show: a path may hold line breaks, a number 5,000 digits."""
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+    return line if len(line) <= 2000 else f"{line[:900]} ... {line[-900:]}"

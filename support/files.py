@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from support.errors import DamagedFile, UserError, is_memory_error, optional
+from support.errors import DamagedFile, UserError, is_memory_error, one_line, optional
 
 
 @contextlib.contextmanager
@@ -88,7 +88,7 @@ def check_path(flag: str, path: str, suffix: str) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keep every other process that asks for the same lock out of a folder; the lock dies with this process.
 
-    What a run killed in the middle of a write has left there is cleared away.
+    What a run that was killed in the middle of a write has left there is cleared away.
 
     Raises:
         UserError: if another process has it.
@@ -101,8 +101,9 @@ def locked(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for scrap in folder.glob("*.pth.*tmp"):
-            scrap.unlink()
+        for scrap in folder.rglob("*.tmp"):
+            if re.search(r"\.(pth|csv|png)(\.\d+)?\.tmp$", scrap.name):  # as `writing` names them, or did
+                scrap.unlink()
     except BlockingIOError as error:
         os.close(descriptor)
         raise UserError(f"{folder} is in use by another run; wait for its end, or give another --out-dir") from error
@@ -223,4 +224,4 @@ def load_file(path: str | Path, missing: str = "name a file of weights") -> Any:
 
 def warn(message: str) -> None:
     """A line on stderr: something was assumed, or is not as it should be, and the work goes on."""
-    print(f"note: {message}", file=sys.stderr)
+    print(f"note: {one_line(message)}", file=sys.stderr)

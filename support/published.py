@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from config import PAPER_MODELS, SIZES, Config, preset
 from dit import DiT, LabelEmbedder, sincos_pos_embed
 from support.command_line import Parser, run_script, shown
-from support.errors import UserError, is_memory_error, optional
+from support.errors import UserError, believing, is_memory_error, optional, reason_of
 from support.files import load_file, warn, writing
 from time_emb import TimestepEmbedder, timestep_embedding
 
@@ -160,13 +160,6 @@ def sizes_of(state: dict[str, Tensor]) -> dict[str, int | bool]:
         "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,  # the last row is the null class
         "learn_sigma": state["final_layer.linear.weight"].shape[0] == 2 * values,
     }
-
-
-def reason_of(error: Exception) -> str:
-    """What went wrong with a file's content, in one line."""
-    if isinstance(error, KeyError):
-        return f"it lacks {error}"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def told_by_args(args: Any) -> dict[str, Any]:
@@ -366,15 +359,13 @@ def export(model_path: str | Path, folder: str | Path) -> None:
     """
     safetensors = optional("safetensors.torch", "the export to diffusers")
     content = load_file(model_path, "name a model.pth of train.py")
-    try:
+    with believing(f"{model_path} holds no DiT with adaLN-Zero blocks"):
         state, heads = content.get("ema", content["model"]), content["config"]["num_heads"]
         if not all(tensor.isfinite().all() for tensor in state.values()):
             raise ValueError("it has values that are not finite numbers")
         sizes = sizes_of(state)
         with torch.device("meta"):
             DiT(**sizes, num_heads=heads).load_state_dict(state, assign=True)
-    except Exception as error:  # a file can hold anything
-        raise UserError(f"{model_path} holds no DiT with adaLN-Zero blocks ({reason_of(error)})") from error
     values = {
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": heads,
@@ -398,6 +389,7 @@ def export(model_path: str | Path, folder: str | Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Write a model's network as a folder for diffusers' DiTTransformer2DModel.from_pretrained.")
+    parser.usage = "python -m support.published MODEL DIR"
     parser.add_argument("model", metavar="MODEL", help="a model.pth of train.py")
     parser.add_argument("folder", metavar="DIR", help="the folder to write; created where it is missing")
     given = parser.parse_args(argv)

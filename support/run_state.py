@@ -18,9 +18,8 @@ from torch import nn
 from config import ROOT, Config
 from dit import DiT
 from support.checkpoint import BEFORE, OF_THE_MACHINE, check_state, model_config, read_config
-from support.errors import UserError
+from support.errors import UserError, believing
 from support.files import load_file, locked, save_file, warn
-from support.published import reason_of
 
 FREE_ON_RESUME = ("out_dir", "data_dir", "device", "sample_every", "checkpoint_every")
 
@@ -70,7 +69,7 @@ def load_checkpoint(path: str | Path) -> tuple[Config, dict[str, Any]]:
         raise UserError(f"{path} is not a checkpoint of train.py; go on from that of a run, or begin anew")
     fields = {field.name for field in dataclasses.fields(Config)}
     config = read_config(state["config"], path, fields.difference(BEFORE, OF_THE_MACHINE))
-    try:
+    with believing(f"{path} holds no run to go on with"):
         for name in ("model", "ema"):
             check_state(state[name], config)
             if any(tensor.dtype != torch.float32 for tensor in state[name].values()):
@@ -78,8 +77,6 @@ def load_checkpoint(path: str | Path) -> tuple[Config, dict[str, Any]]:
         check_progress(*state["progress"], config.train_steps)
         if not all(isinstance(value, int | str) for value in state.get("made_with", {}).values()):
             raise UserError("its made_with is not what save_run writes")
-    except Exception as error:  # a file can lie in more ways than can be listed
-        raise UserError(f"{path} holds no run to go on with: {reason_of(error)}") from error
     return config, state
 
 
@@ -106,15 +103,13 @@ def restore_run(
         was, is_now = state["config"][name], getattr(model, name)
         if was != is_now:
             raise UserError(f"{path}: {name} of its data was {was}, now it is {is_now}; name its --data-dir")
-    try:
+    with believing(f"{path} holds no run to go on with"):
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         if len(state["optimizers"]) != len(optimizers):
             raise UserError(f"it has {len(state['optimizers'])} optimizers, and its config builds {len(optimizers)}")
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             restore_optimizer(optimizer, saved, state["progress"][0])
-    except Exception as error:  # a file can lie in more ways than can be listed
-        raise UserError(f"{path} holds no run to go on with: {reason_of(error)}") from error
     then, now = state.get("made_with", {}), made_with(model)
     changes = [f"{name} {then[name]!r}, now {now[name]!r}" for name in now if then.get(name, now[name]) != now[name]]
     if changes:
@@ -173,6 +168,9 @@ def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
             f"--train-steps {given['train_steps']}: the run has taken {step} already; give at least as many"
         )
     # The folder of the data: by a flag, else $DATA_DIR of today, else that of then (from the root, in older files).
-    data_dir = None if os.environ.get("DATA_DIR") or not config.data_dir else str(ROOT / config.data_dir)
+    then, today = config.data_dir and str(ROOT / config.data_dir), os.environ.get("DATA_DIR")
+    if then and today and "data_dir" not in given and os.path.abspath(today) != then:
+        warn(f"the data were read from {then}, now from $DATA_DIR, {today}; --data-dir says otherwise")
+    data_dir = None if today else then
     changes = {name: value for name, value in given.items() if name in free}
     return config.replace(**{"data_dir": data_dir, **changes, "out_dir": str(path.parent)}), state

@@ -139,11 +139,24 @@ def test_ctrl_c_ends_a_script_without_a_word(capsys):
         os.kill(os.getpid(), signal.SIGINT)
         signal.pause()
 
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit) as exit:
-        run_script(interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored here, as in the background
+    try:
+        with pytest.raises(SystemExit) as exit:
+            run_script(interrupted)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert exit.value.code == 130 and capsys.readouterr().err == ""
-    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_table_that_cannot_be_written_is_no_success():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("/dev/full is of Linux")
+    code = "from support.command_line import run_script; run_script(lambda: print('table'))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: what was printed is lost (No space left on device)")
 
 
 @pytest.mark.parametrize("ignored", [False, True])
@@ -157,7 +170,7 @@ def test_ctrl_c_among_the_imports_ends_a_script_without_a_word(script, ignored, 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL),
     )
     assert process.stdout.readline() == "importing\n", process.stderr.read()
     process.send_signal(signal.SIGINT)

@@ -58,6 +58,8 @@ def test_a_module_imports_only_from_its_left(name):
     for other in imports_of(MODULES[name]):
         assert rank(other) < rank(name), f"{name} imports {other}"
         assert name not in NOTHING_BUT_ERRORS or other == "support.errors", f"{name} imports {other}"
+        of_data = name == "dataset" or name.startswith("loaders.")
+        assert not of_data or other.startswith(("loaders.", "support.")), f"{name} imports {other}, a model"
 
 
 def test_a_broken_rule_is_seen():

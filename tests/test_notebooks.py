@@ -49,7 +49,7 @@ def test_runs_with_few_steps_and_shows_what_is_committed(name, glyphs_dir, monke
     for key, value in SMALL[name].items():
         assert f"{key} = " in parameters.source
         parameters.source += f"\n{key} = {value!r}"
-    ExecutePreprocessor(timeout=120).preprocess(notebook, {"metadata": {"path": ROOT / "notebooks"}})
+    ExecutePreprocessor(timeout=600).preprocess(notebook, {"metadata": {"path": ROOT / "notebooks"}})
     shown = [shown_by(cell) for cell in notebook.cells if cell.cell_type == "code"]
     assert shown == committed, "the outputs are older than the code; renew them with: make notebooks"
 

@@ -69,7 +69,7 @@ def kill_once(flags, out_dir, target, during_write) -> None:
 
 
 def check_kills(tmp_path, glyphs_dir, kills, in_writes):
-    seed = int(os.environ.get("SEED", random.randrange(10**6)))
+    seed = int(os.environ.get("SEED", 3320))
     print(f"SEED={seed}")
     rng = random.Random(seed)
     whole, cut = tmp_path / "whole", tmp_path / "cut"

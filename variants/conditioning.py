@@ -59,8 +59,8 @@ class InContextBlock(PlainBlock):
     """In-context: t and y are two more tokens, behind the image's; c goes unused."""
 
     @staticmethod
-    def enter(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.cat([x, t.unsqueeze(1), y.unsqueeze(1)], dim=1), t + y  # (B, N + 2, D)
+    def enter(x: Tensor, t_emb: Tensor, y_emb: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([x, t_emb.unsqueeze(1), y_emb.unsqueeze(1)], dim=1), t_emb + y_emb  # (B, N + 2, D)
 
 
 class CrossAttentionBlock(PlainBlock):
@@ -75,8 +75,8 @@ class CrossAttentionBlock(PlainBlock):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     @staticmethod
-    def enter(x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return x, torch.stack([t, y], dim=1)
+    def enter(x: Tensor, t_emb: Tensor, y_emb: Tensor) -> tuple[Tensor, Tensor]:
+        return x, torch.stack([t_emb, y_emb], dim=1)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
