@@ -30,7 +30,7 @@ def check_loaded(loaded: Any, name: str, train: bool) -> tuple[Tensor, Tensor]:
     of_bytes = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4 and images.numel() > 0
     promise(of_bytes, "images must be a tensor (N, C, H, W) uint8, and not empty", kind(images))
     C, H, W = images.shape[1:]
-    swapped = C == H > W or C > 4 >= W  # squares by their last two sizes, or at most four columns
+    swapped = H != W and (C == H > W or C > 4 >= W)  # "squares" of C x H, or at most four columns
     promise(not swapped, "images seem to be (N, H, W, C); give images.permute(0, 3, 1, 2)", kind(images))
     if labels is None:
         return images, torch.zeros(len(images), dtype=torch.int64)

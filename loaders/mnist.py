@@ -32,7 +32,7 @@ def load_mnist(data_dir: str | Path, train: bool) -> tuple[Tensor, Tensor]:
     folder = Path(data_dir) / "MNIST" / "raw"
     for name, md5 in MNIST_FILES.items():
         if (folder / name).exists() and calculate_md5(folder / name) != md5:
-            raise UserError(f"{folder / name} is damaged (its MD5 is not {md5}); delete it to have it downloaded anew")
+            raise UserError(f"{folder / name} is damaged, or not MNIST (its MD5 is not {md5}); move it away")
     if not all((folder / name).exists() for name in MNIST_FILES):
         download_mnist(folder)
     data = MNIST(data_dir, train=train)
