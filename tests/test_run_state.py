@@ -238,3 +238,12 @@ def test_counters_of_every_run_pass():
     check_progress(49, [], 3.5, 49, 0.1, train_steps=50)
     check_progress(60, ["50,0.123456,1e-05,9.9", "55,0.1,0.003,1000.0"], 3.5, 5, 0.1, train_steps=60)
     check_progress(50, ["50,-0.000012,0,9.9"], 0.0, 0, 0.0, train_steps=100)
+
+
+def test_too_little_memory_while_restoring_is_not_the_files_fault(run_dir, monkeypatch):
+    def short(*_):
+        raise RuntimeError("can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(run_state, "restore_optimizer", short)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        go_on(run_dir)

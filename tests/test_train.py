@@ -357,3 +357,25 @@ def test_the_classic_preset_trains(tmp_path):
     settings = dict(dataset="blobs", train_steps=3, batch_size=4, sample_steps=2, out_dir=str(tmp_path))
     assert train.train(preset("classic", **settings)) == tmp_path
     assert load_model(tmp_path / "model.pth")[1].loss == "l1"
+
+
+def test_a_folder_in_which_another_run_ended_meanwhile_is_refused(tmp_path, monkeypatch):
+    """Between the first look at the folder and the lock lie data and networks: seconds in which much can happen."""
+
+    def build_slowly(config):
+        (tmp_path / "model.pth").write_bytes(b"of another run")
+        return build(config)
+
+    build = train.build_model
+    monkeypatch.setattr(train, "build_model", build_slowly)
+    with pytest.raises(UserError, match="model.pth is there already"):
+        fit(tmp_path, "--train-steps", 1)
+    assert (tmp_path / "model.pth").read_bytes() == b"of another run"
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_unlabelled_images_train_whatever_the_share_of_dropped_labels(tmp_path, monkeypatch):
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    monkeypatch.setitem(dataset.DATASETS, "blobs", lambda data_dir, train: (images, None))
+    fit(tmp_path, "--train-steps", 2, "--label-dropout", 0)
+    assert load_model(tmp_path / "model.pth")[1].cfg_scale == 1
