@@ -305,7 +305,7 @@ def measure_model(
     return report
 
 
-def print_table(rows: list[dict[str, str]]) -> None:
+def print_rows(rows: list[dict[str, str]]) -> None:
     """Rows of the same columns, aligned; Markdown too. A row may lack a column."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = [columns, *([row.get(name, "-") for name in columns] for row in rows)]
@@ -340,13 +340,13 @@ def print_report(report: dict) -> None:
         if "checkpointed activations" in memory and memory.get("training activations"):
             row["saved"] = f"{1 - memory['checkpointed activations'] / memory['training activations']:.0%}"
         memories.append(row)
-    print_table(speeds)
-    print_table(memories)
+    print_rows(speeds)
+    print_rows(memories)
     if machine["diffusers"]:
         print(
             f"\nOurs beside diffusers {machine['diffusers']}: median ratio of {report['repeats']} rounds, least to most"
         )
-        print_table(ratios)
+        print_rows(ratios)
     else:
         print("\nWith `pip install diffusers` its networks of the same sizes are timed in turn with ours.")
 

@@ -53,7 +53,7 @@ def key_of(experiment: str, config: Config, step: int, sample_steps: int) -> lis
     return [experiment, *map(str, fields), str(step), str(sample_steps)]
 
 
-def measure(experiment: str, config: Config, sample_steps: int, score: Callable) -> list:
+def measure_run(experiment: str, config: Config, sample_steps: int, score: Callable) -> list:
     """Train a network, or go on, until config.train_steps; the other columns of its row."""
     run = "blocks" if experiment == "blocks" else "sizes"  # sampling is from the networks of sizes
     name = "-".join(key_of(run, config, 0, 0)[:6])
@@ -78,7 +78,7 @@ def main() -> None:
             with CSV.open() as file:
                 done = [row[: len(key)] for row in csv.reader(file)]
             if key not in done:
-                row = key + measure(experiment, config, sample_steps, score)
+                row = key + measure_run(experiment, config, sample_steps, score)
                 append_line(CSV, ",".join(map(str, row)))
 
 

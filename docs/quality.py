@@ -65,7 +65,7 @@ def scorer(dataset: str, num_samples: int) -> Callable[[DiT, Config], tuple[floa
     return score
 
 
-def measure(path: str | Path) -> list[dict]:
+def measure_settings(path: str | Path) -> list[dict]:
     """Accuracy and FD ratio of each setting of a checkpoint's process, by NUM_SAMPLES images each."""
     model, config = load_model(path)
     score, rows = scorer(config.dataset, NUM_SAMPLES), []
@@ -123,7 +123,7 @@ def points(rows: list[dict], x: str, y: str) -> tuple[list[float], list[float]]:
 
 def main() -> None:
     paths = sys.argv[1:] or [ROOT / "model.pth", ROOT / "runs/flow/model.pth"]
-    rows = [row for path in paths for row in measure(path)]
+    rows = [row for path in paths for row in measure_settings(path)]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
