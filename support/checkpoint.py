@@ -84,6 +84,18 @@ def read_config(values: Any, path: str | Path, needed: Iterable[str] = OF_EVERY_
         return Config(**values)
 
 
+def empty_model(config: Config) -> DiT:
+    """A model to be compared or filled. A large one is on the meta device: sizes only, for a config may lie.
+
+    A small one is not, because the meta device loads torch's compiler, which takes seconds.
+    """
+    D, patch_values = config.hidden_size, config.patch_size**2 * config.in_channels
+    tokens = (config.image_size // config.patch_size) ** 2
+    parameters = D * (18 * config.depth * D + config.num_classes + tokens + 3 * patch_values)
+    with torch.device("cpu" if parameters < 10**7 else "meta"), torch.random.fork_rng(devices=[]):
+        return build_model(config)
+
+
 def check_state(state: dict[str, Tensor], config: Config) -> DiT:
     """An empty model of a config's sizes; UserError unless the state dict fits it, name by name, and is finite."""
     if not isinstance(state, dict):
@@ -91,8 +103,7 @@ def check_state(state: dict[str, Tensor], config: Config) -> DiT:
     for name, value in sizes_of(state).items():
         if getattr(config, name) != value:
             raise UserError(f"its weights have {name} {value}, but its config says {getattr(config, name)}")
-    with torch.device("meta"):  # sizes only, so that a lying config costs no memory
-        model = build_model(config)
+    model = empty_model(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name, parameter in model.state_dict().items():
         shape = shapes.pop(name, "missing")

@@ -78,3 +78,9 @@ def test_nothing_runs_at_import_and_sampling_does_not_wait_for_what_it_does_not_
     check = f"import sys, inference; print(*(name for name in {slow.split()!r} if name in sys.modules))"
     result = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "\n", "")
+
+
+def test_loading_the_shipped_weights_does_not_wait_for_the_compiler():
+    check = "import sys, inference; inference.load_model('model.pth'); print('torch._dynamo' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "False\n", "")
