@@ -21,7 +21,6 @@ from support.start import start_quietly
 if __name__ in ("__main__", "__mp_main__"):  # the latter in the processes that measure memory
     start_quietly()  # before all else is imported
 
-import json
 import math
 import platform
 import re
@@ -47,7 +46,7 @@ from dit import DiT
 from support.checkpoint import build_model, check_size
 from support.command_line import Parser, run_script
 from support.errors import UserError
-from support.files import check_path, writing
+from support.files import check_path, save_json
 from support.machine import choose_device, choose_precision, compile_network
 from support.published import from_diffusers
 
@@ -407,8 +406,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name} with {batch_size(config)} images does not fit; left out: try a smaller --batch-size")
     print_report(report)
     if "json" in given:
-        with writing(given["json"]) as file:
-            file.write(json.dumps(report, indent=1).encode())
+        save_json(report, given["json"])
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ class Dataset(NamedTuple):
     labels: Tensor
     size: tuple[int, int]
 
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are, which is the training part's to say."""
+        return int(self.labels.max()) + 1
+
 
 def load_dataset(name: str, data_dir: str | Path, train: bool = True, image_size: int | None = None) -> Dataset:
     """A dataset by name; "auto" is mnist, or glyphs (said loudly) where MNIST cannot be had.

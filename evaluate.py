@@ -20,7 +20,6 @@ from support.start import start_quietly
 if __name__ == "__main__":
     start_quietly()  # before all else is imported
 
-import json
 import math
 import statistics
 import time
@@ -38,8 +37,8 @@ from inference import describe_sampling, draw_images, network_evaluations
 from support.checkpoint import build_process, load_model
 from support.classifier import HELD_OUT, Classifier, judge_of
 from support.command_line import Parser, run_script
-from support.errors import UserError, check_limits, is_memory_error
-from support.files import check_path, warn, writing
+from support.errors import UserError, check_limits, flag_of, is_memory_error
+from support.files import check_path, save_json, warn
 from support.machine import choose_device
 from support.published import PUBLISHED
 from variants.learned_variance import bits_per_dim
@@ -148,7 +147,7 @@ def crop(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def check_fit(shape: tuple[int, int, int], labels: Tensor | None, data: Dataset) -> None:
     """Refuse images of a shape (C, H, W), or labels (N,), that cannot be some of data's."""
-    channels, classes = data.images.shape[1], int(data.labels.max()) + 1
+    channels, classes = data.images.shape[1], data.num_classes
     padded = shape[1] == shape[2] >= max(data.size)
     if shape[0] != channels or not (padded or shape[1:] == data.size):
         what = "images of {1} x {2} pixels and {0} channels do not compare with".format(*shape)
@@ -160,15 +159,15 @@ def check_fit(shape: tuple[int, int, int], labels: Tensor | None, data: Dataset)
 def check_model(model: DiT, data: Dataset, path: str) -> None:
     """Refuse a model of other images or other classes than data's."""
     check_fit((model.in_channels, model.image_size, model.image_size), None, data)
-    classes = int(data.labels.max()) + 1
-    if model.num_classes != classes:
-        raise UserError(f"{path} draws {model.num_classes} classes, not {data.name}'s {classes}; name its --dataset")
+    if model.num_classes != data.num_classes:
+        found = f"{path} draws {model.num_classes} classes"
+        raise UserError(f"{found}, not {data.name}'s {data.num_classes}; name its --dataset")
 
 
 def refuse_others(given: dict, flag: str) -> None:
     """Refuse the flags that are left: the one named makes them useless."""
     if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        flags = ", ".join(map(flag_of, given))
         raise UserError(f"{flags} would change nothing with {flag}; leave it out")
 
 
@@ -213,8 +212,7 @@ def print_table(report: dict) -> None:
 def write_json(report: dict, path: str | None) -> None:
     """Write the figures to a file, if one is wanted."""
     if path:
-        with writing(path) as file:
-            file.write(json.dumps(report, indent=1).encode())
+        save_json(report, path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -104,15 +104,15 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         refuse_trained(out_dir)
     device = choose_device(config.device)
     data = load_dataset(config.dataset, config.data_folder, image_size=config.image_size)
-    of_one_class = int(data.labels.max()) == 0  # there is no other class to be told from
     config = config.replace(
         dataset=data.name,
         image_size=data.images.shape[-1],
         in_channels=data.images.shape[1],
-        num_classes=int(data.labels.max()) + 1,
+        num_classes=data.num_classes,
         precision=choose_precision(config.precision, device),
         compile=choose_compile(config.compile, config.train_steps),
-        **(dict(cfg_scale=1.0, label_dropout=0.0) if of_one_class else {}),
+        # Of one class, there is no other to be told from.
+        **(dict(cfg_scale=1.0, label_dropout=0.0) if data.num_classes == 1 else {}),
     )
     check_size(config, device)
     images, labels = data.images.to(device), data.labels.to(device)

@@ -122,8 +122,7 @@ def check_size(config: Config, device: torch.device, copies: int | None = None) 
     Counted is the least it takes: weights, gradients, their average and the optimizer's moments, two of AdamW's, and
     of the activations, for each feature of a token in each block, the six numbers that compiled code in bf16 keeps.
     """
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
+    parameters = sum(parameter.numel() for parameter in empty_model(config).parameters())
     copies = copies or (4 if config.optimizer == "muon" else 5)
     tokens = config.batch_size // config.accumulation_steps * (config.image_size // config.patch_size) ** 2
     activations = tokens * config.hidden_size * config.depth * (1 if config.activation_checkpointing else 6)

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from config import ROOT, Config
-from support.errors import MEMORY, UserError, check_limits, is_memory_error, one_line
+from support.errors import MEMORY, UserError, check_limits, flag_of, is_memory_error, one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
             usual = default or field.default
             help = meta["help"] + ("" if few else ": " + ", ".join(choices))
             help += "" if usual is None else f" (default: {usual})"
-            flag, group = "--" + field.name.replace("_", "-"), self.group(title or heading)
+            flag, group = flag_of(field.name), self.group(title or heading)
             if kind is bool:
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
                 continue
@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         given = super().parse_args(argv)
         for name, value in vars(given).items():
             if value in ("", []):  # the latter is what argparse makes of --flag=--
-                raise UserError(f"--{name.replace('_', '-')} is given without a value; give it one, or leave it out")
+                raise UserError(f"{flag_of(name)} is given without a value; give it one, or leave it out")
             check_limits(name, value, **self.limits.get(name, {}))
         return given
 

@@ -72,6 +72,11 @@ def believing(what: str) -> Iterator[None]:
         raise UserError(f"{what} ({reason_of(error)})") from error
 
 
+def flag_of(name: str) -> str:
+    """The flag of a field: --hidden-size of hidden_size."""
+    return "--" + name.replace("_", "-")
+
+
 def one_line(message: str) -> str:
     """The message as one line that any terminal can show: a path may hold line breaks, a number 5,000 digits."""
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)

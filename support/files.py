@@ -49,11 +49,15 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
             cause = cause.__context__
         if cause is None:
             raise
-        reason = cause.strerror or cause
-        raise UserError(f"cannot write {path} ({reason}); free some space or choose another folder") from error
+        raise unwritable(path, cause) from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def unwritable(path: str | Path, error: OSError) -> UserError:
+    """What to say of a file that could not be written."""
+    return UserError(f"cannot write {path} ({error.strerror or error}); free some space or choose another folder")
 
 
 def save_file(content: Any, path: str | Path) -> None:
@@ -62,13 +66,19 @@ def save_file(content: Any, path: str | Path) -> None:
         torch.save(content, file)
 
 
+def save_json(content: Any, path: str | Path) -> None:
+    """JSON, as `writing` writes."""
+    with writing(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
+
+
 def append_line(path: str | Path, line: str) -> None:
     """Add a line to a text file; UserError if it cannot be written."""
     try:
         with open(path, "a") as file:
             file.write(line + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); free some space or choose another folder") from error
+        raise unwritable(path, error) from error
 
 
 def check_path(flag: str, path: str, suffix: str) -> None:

@@ -25,7 +25,7 @@ from config import PAPER_MODELS, SIZES, Config, preset
 from dit import DiT, LabelEmbedder, sincos_pos_embed
 from support.command_line import Parser, run_script, shown
 from support.errors import UserError, believing, is_memory_error, optional, reason_of
-from support.files import load_file, warn, writing
+from support.files import load_file, save_json, warn, writing
 from time_emb import TimestepEmbedder, timestep_embedding
 
 # Whose network it is, for a file that does not tell: the paper's (in whatever format), SiT's, one trained in diffusers.
@@ -383,8 +383,7 @@ def export(model_path: str | Path, folder: str | Path) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     with writing(Path(folder) / f"{WEIGHTS}.safetensors") as file:  # a format in which no two tensors share memory
         file.write(safetensors.save({name: tensor.clone() for name, tensor in to_diffusers(state).items()}))
-    with writing(Path(folder) / "config.json") as file:
-        file.write(json.dumps(values, indent=1).encode())
+    save_json(values, Path(folder) / "config.json")
 
 
 def main(argv: list[str] | None = None) -> None:

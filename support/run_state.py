@@ -18,7 +18,7 @@ from torch import nn
 from config import ROOT, Config
 from dit import DiT
 from support.checkpoint import BEFORE, OF_THE_MACHINE, check_state, model_config, read_config
-from support.errors import UserError, believing
+from support.errors import UserError, believing, flag_of
 from support.files import load_file, locked, save_file, warn
 
 FREE_ON_RESUME = ("out_dir", "data_dir", "device", "sample_every", "checkpoint_every")
@@ -160,8 +160,8 @@ def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     free = FREE_ON_RESUME + (("train_steps",) if config.lr_decay == "constant" else ())
     for name, value in given.items():
         if name not in free and value not in (getattr(config, name), "auto"):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {value} differs from the run's {getattr(config, name)}; leave it out to resume")
+            then = getattr(config, name)
+            raise UserError(f"{flag_of(name)} {value} differs from the run's {then}; leave it out to resume")
     step = state["progress"][0]
     if given.get("train_steps", step) < step:
         raise UserError(
