@@ -55,7 +55,7 @@ PRESETS |= {name: PAPER | sizes for name, sizes in PAPER_MODELS.items()}
 @dataclass(frozen=True)
 class Config:
     preset: str = option("digits", "named settings that the other flags change", choices=tuple(PRESETS), group="basics")
-    dataset: str = option("auto", "auto (MNIST, or glyphs where it cannot be had), mnist or glyphs")
+    dataset: str = option("auto", "a name, a folder, a .zip or hf:NAME; auto is mnist, or glyphs without a network")
     data_dir: str | None = option(None, "folder of the data sets (default: $DATA_DIR, else the repository's data)")
     out_dir: str | None = option(None, "folder for everything the run writes (default: the repository's runs/PRESET)")
     train_steps: int = option(8500, "optimizer steps", int, least=1, most=10**9)
@@ -66,9 +66,16 @@ class Config:
     sample_every: int = option(1000, "steps between sample grids", int, least=1, most=2**62)
     checkpoint_every: int = option(1000, "steps between checkpoints", int, least=1, most=2**62)
 
+    flip: bool = option(False, "mirror half of the images, drawn anew at each use", bool, group="data")
+    skip_damaged: bool = option(False, "go on without image files that cannot be read, and list them", bool)
+    vae: str | None = option(None, "folder of an autoencoder: train on the images' latents")
+    init_from: str | None = option(None, "weights to start from: a model.pth, or published ones")
+
     image_size: int | None = option(None, "pixels a side, else the data's", int, group="network", least=1, most=2**14)
     in_channels: int = option(1, "channels of an image; comes from the dataset", int, least=1, most=2**14)
     num_classes: int = option(10, "number of labels; comes from the dataset", int, least=1, most=10**7)
+    class_names: tuple | None = option(None, "their names; come from the dataset", tuple)
+    latents: bool = option(False, "images are an autoencoder's latents; comes with vae", bool)
     patch_size: int = option(14, "a token is a square of this many pixels", int, least=1, most=2**14)
     hidden_size: int = option(192, "width of a token", int, least=4, most=2**16)
     depth: int = option(6, "number of transformer blocks", int, least=1, most=1000)
@@ -112,6 +119,9 @@ class Config:
         if self.batch_size % self.accumulation_steps:
             parts = self.accumulation_steps
             raise UserError(f"accumulation_steps is {parts}; it must be a divisor of batch_size, {self.batch_size}")
+        names = self.class_names
+        if names is not None and not (len(names) == self.num_classes and all(isinstance(name, str) for name in names)):
+            raise UserError(f"class_names {names!r} are not a name for each of {self.num_classes} classes")
         if self.cfg_low >= self.cfg_high:
             raise UserError(f"cfg_low is {self.cfg_low}; it must be less than cfg_high, {self.cfg_high}")
         if self.hidden_size % 4 or self.hidden_size % self.num_heads:

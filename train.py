@@ -35,6 +35,8 @@ from support.pictures import save_loss_plot, save_png
 from support.run_log import RunLog, print_summary
 from support.run_state import diverged, refuse_trained, restore_run, resumed, save_run
 
+OF_THE_DATA = ("in_channels", "num_classes", "class_names", "latents")  # fields that are no flags
+
 
 def learning_rate_at(step: int, config: Config) -> float:
     """Linear warm-up, then a cosine's fall to 0 at the last step, or none."""
@@ -187,7 +189,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Train a DiT on digits. Defaults are those of preset digits.")
-    parser.add_fields(*(f.name for f in dataclasses.fields(Config) if f.name not in ("in_channels", "num_classes")))
+    parser.add_fields(*(f.name for f in dataclasses.fields(Config) if f.name not in OF_THE_DATA))
     resume_help = "go on from the checkpoint in --out-dir, exactly"
     parser.group("basics").add_argument("--resume", action="store_true", help=resume_help)
     given = vars(parser.parse_args(argv))

@@ -38,6 +38,7 @@ OF_EVERY_FILE += ["process", "prediction", "schedule"]
 # What runs did before there was a field to say so, for files of that time.
 BEFORE = dict(block="adaLN-Zero", learn_sigma=False, clip_x0=True, time_sampling="uniform", time_mean=0.0)
 BEFORE |= dict(optimizer="adamw", cfg_low=0.0, cfg_high=1.0, accumulation_steps=1, activation_checkpointing=False)
+BEFORE |= dict(flip=False, skip_damaged=False, vae=None, init_from=None, class_names=None, latents=False)
 OF_THE_MACHINE = ("data_dir", "out_dir", "device")
 
 

@@ -314,7 +314,7 @@ def read_published(content: Any, path: str | Path, published: str | None = None)
         warn(f"{path} does not say what all of it means; assumed: " + "; ".join(assumed))
 
     sizes["num_heads"] = known.get("num_heads") or PAPER_MODELS[rows[0]]["num_heads"]
-    sizes |= {"clip_x0": False, "cfg_scale": 4.0 if known["null_class"] else 1.0}
+    sizes |= {"clip_x0": False, "latents": True, "cfg_scale": 4.0 if known["null_class"] else 1.0}
     try:
         if known["published"] == "sit":
             config = Config(preset="flow", **sizes, **SIT_SAMPLING)
