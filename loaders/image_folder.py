@@ -9,11 +9,10 @@ import hashlib
 import io
 import math
 import os
-import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
@@ -146,18 +145,20 @@ def list_folder(where: Path) -> Listing:
 def list_zip(archive: zipfile.ZipFile, where: str) -> tuple[Listing, dict[str, zipfile.ZipInfo]]:
     """All of a zip, and its members by name."""
     found, members = Listing(where, {}, [], set()), {}
+    visible = {"": True}
     for member in archive.infolist():
-        name = member.filename.replace("\\", "/")  # as some programs write it on Windows
-        parts = PurePosixPath(name).parts
-        if ".." in parts or re.match("/|[A-Za-z]:", name):
+        name = member.filename.replace("\\", "/").removeprefix("./")  # the former as some programs write on Windows
+        folder, _, file = name.rpartition("/")
+        if name[:1] == "/" or name[1:2] == ":" or "../" in name:
             raise UserError(f"{where}: the name {member.filename} leads out of the zip; make it anew")
-        if any(map(hidden, parts)):
+        if folder not in visible:
+            parts = folder.split("/")
+            visible[folder] = not any(map(hidden, parts))
+            if visible[folder]:
+                found.folders.update("/".join(parts[: depth + 1]) for depth in range(len(parts)))
+        if not file or hidden(file) or not visible[folder]:
             continue
-        name = "/".join(parts)
-        found.folders.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
-        if member.is_dir() or member.filename.endswith("\\"):
-            found.folders.add(name)
-        elif is_image(name):
+        if is_image(file):
             if member.flag_bits & 1:
                 raise UserError(f"{where} is encrypted; give a zip without a password")
             found.images[name] = f"{member.file_size} {member.CRC} {member.date_time}"
@@ -196,11 +197,10 @@ def part_of(listing: Listing, train: bool, open_file: Callable[[str], Image.Imag
     class_names = [name for name in groups if name]
     names = [file for files in mine.values() for file in files]
     labels = [label for label, name in enumerate(groups) for _ in mine.get(name, ())]
-    key = hashlib.sha256()
-    for name in sorted(listing.images):
-        key.update(f"{name}\0{listing.images[name]}\0".encode(errors="surrogateescape"))
+    states = "".join(f"{name}\0{listing.images[name]}\0" for name in sorted(listing.images))
+    key = hashlib.sha256(states.encode(errors="surrogateescape")).hexdigest()
     short = Path(listing.name).resolve().name
-    return Source(short, class_names, labels, names, key.hexdigest(), lambda i: open_file(names[i]))
+    return Source(short, class_names, labels, names, key, lambda i: open_file(names[i]))
 
 
 def parts_of(listing: Listing) -> tuple[str, str | None]:
@@ -223,7 +223,7 @@ def classes_of(listing: Listing, start: str) -> dict[str, list[str]]:
     folders = {name.removeprefix(start) for name in listing.folders if name.startswith(start)}
     groups: dict[str, list[str]] = {name: [] for name in sorted(folders) if "/" not in name} or {"": []}
     loose = []
-    for name in sorted(listing.images, key=os.path.split):
+    for name in sorted(listing.images, key=lambda name: name.rpartition("/")):
         if name.startswith(start):
             folder, inside, _ = name.removeprefix(start).partition("/")
             groups.get(folder if inside else "", loose).append(name)

@@ -108,7 +108,7 @@ def to_bytes(image: Image.Image) -> Image.Image:
     Whole numbers beyond eight bits are taken as 16 bit, fractions as 0 to 1, or 0 to 255 where some are above 1.
     """
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
+        values = np.asarray(image).astype(np.float32)
         white = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
         if not (values.min() >= 0 and values.max() <= white):  # nor with NaN
             raise UserError(f"its pixels are from {values.min():g} to {values.max():g}; save it with 8 bits a channel")
