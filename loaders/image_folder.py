@@ -44,10 +44,7 @@ def open_folder(where: str | Path, data_dir: str | Path, train: bool) -> Source:
     """
     where = Path(where)
 
-    def open_file(name: str) -> Image.Image:
-        return open_image(io.BytesIO((where / name).read_bytes()))
-
-    return part_of(list_folder(where), train, open_file)
+    return part_of(list_folder(where), train, lambda name: open_image(where / name))
 
 
 def open_zip(where: str | Path, data_dir: str | Path, train: bool) -> Source:
@@ -64,10 +61,7 @@ def open_zip(where: str | Path, data_dir: str | Path, train: bool) -> Source:
         archive = zipfile.ZipFile(file)
     listing, members = list_zip(archive, str(where))
 
-    def open_member(name: str) -> Image.Image:
-        return open_image(io.BytesIO(read_member(archive, members[name])))
-
-    return part_of(listing, train, open_member)
+    return part_of(listing, train, lambda name: open_image(io.BytesIO(read_member(archive, members[name]))))
 
 
 def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
@@ -80,7 +74,7 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
         return file.read(member.file_size)  # and no more: archive.read would decompress what there is
 
 
-def open_image(file: io.BytesIO) -> Image.Image:
+def open_image(file: Path | io.BytesIO) -> Image.Image:
     """An image, not yet decoded."""
     return Image.open(file, formats=formats())
 
@@ -227,10 +221,11 @@ def classes_of(listing: Listing, start: str) -> dict[str, list[str]]:
         if name.startswith(start):
             folder, inside, _ = name.removeprefix(start).partition("/")
             groups.get(folder if inside else "", loose).append(name)
-    spellings = Counter(name.casefold() for name in groups)
+    spellings: dict[str, str] = {}
     for name, files in groups.items():
-        if spellings[name.casefold()] > 1:
-            raise UserError(f"{listing.name}: class folders {start}{name} and another differ only in case; rename one")
+        other = spellings.setdefault(name.casefold(), name)
+        if other != name:
+            raise UserError(f"{listing.name}: class folders {other} and {name} differ only in case; rename one")
         if not files:
             raise UserError(f"{listing.name}: the folder {start}{name} holds no images; put some in, or remove it")
     if loose:
