@@ -15,7 +15,7 @@ support.command_line
 time_emb dit_block diffusion
 dit
 variants.*
-loaders.*
+loaders.packing loaders.*
 dataset
 support.published support.autoencoder support.checkpoint support.classifier support.pictures
 support.run_state support.run_log
