@@ -15,11 +15,11 @@ from torch import Tensor
 
 from loaders.check import check_loaded
 from loaders.glyphs import load_glyphs
-from loaders.mnist import load_mnist
+from loaders.mnist import load_fashion, load_kmnist, load_mnist
 from support.errors import NotAvailable, UserError
 from support.machine import check_memory
 
-DATASETS = {"mnist": load_mnist, "glyphs": load_glyphs}
+DATASETS = {"mnist": load_mnist, "fashion": load_fashion, "kmnist": load_kmnist, "glyphs": load_glyphs}
 
 
 class Dataset(NamedTuple):
@@ -55,7 +55,7 @@ def load_dataset(name: str, data_dir: str | Path, train: bool = True, image_size
             name = "glyphs"
     if name not in DATASETS:
         raise UserError(f"dataset {name!r} is not one of auto, {', '.join(DATASETS)}")
-    images, labels = check_loaded(DATASETS[name](data_dir, train), f"dataset {name}", train)
+    images, labels, _ = check_loaded(DATASETS[name](data_dir, train), f"dataset {name}", train)
     height, width = images.shape[2:]
     size = image_size or max(height, width)
     if size < max(height, width):

@@ -15,6 +15,7 @@ support.command_line
 time_emb dit_block diffusion
 dit
 variants.*
+loaders.download
 loaders.*
 dataset
 support.published support.autoencoder support.checkpoint support.classifier support.pictures
