@@ -1,4 +1,4 @@
-"""Downloading into the data folder, all or nothing, without waiting long for a network that is not there."""
+"""Downloading into the data folder, all or nothing, without waiting long for a network that is not there; MD5."""
 
 import contextlib
 import socket
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 
-from support.errors import NotAvailable
+from support.errors import NotAvailable, UserError
 
 
 @contextlib.contextmanager
@@ -60,3 +60,11 @@ def downloading(name: str, folder: Path, addresses: Iterable[str], timeout: floa
 def reason(error: Exception) -> str:
     """What went wrong, in a line: torchvision's messages have several."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_md5(path: Path, md5: str, name: str) -> None:
+    """UserError if a file is not the original of the data set called `name`."""
+    from torchvision.datasets.utils import calculate_md5
+
+    if calculate_md5(path) != md5:
+        raise UserError(f"{path} is damaged, or not {name} (its MD5 is not {md5}); move it away")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from loaders.download import downloading
+from loaders.download import check_md5, downloading
 from support.errors import UserError
 
 MNIST_FILES = {  # MD5 of the uncompressed originals
@@ -57,7 +57,7 @@ def load(
     folder = Path(data_dir) / name / "raw"
     for file, md5 in files.items():
         if (folder / file).exists():
-            check_file(folder / file, md5, name)
+            check_md5(folder / file, md5, name) if md5 else check_format(folder / file, name)
     if not all((folder / file).exists() for file in files):
         with downloading(name, folder, (mirror + kind.resources[1][0] for mirror in kind.mirrors)) as temporary:
             kind(temporary, download=True)
@@ -67,18 +67,12 @@ def load(
     return data.data.unsqueeze(1), data.targets, list(kind.classes)
 
 
-def check_file(path: Path, md5: str | None, name: str) -> None:
-    """UserError if a file is not the original; where its MD5 is not known, if it is not of the right size and kind."""
-    from torchvision.datasets.utils import calculate_md5
-
-    if md5:
-        intact, wanted = calculate_md5(path) == md5, f"its MD5 is not {md5}"
-    else:
-        count, of_images = 60_000 if path.name.startswith("train") else 10_000, "images" in path.name
-        header = struct.pack(">4i", 0x803, count, 28, 28) if of_images else struct.pack(">2i", 0x801, count)
-        with open(path, "rb") as file:
-            intact = file.read(len(header)) == header
-        intact &= path.stat().st_size == len(header) + count * (784 if of_images else 1)
-        wanted = f"it is not {count:,} {'images of 28 x 28' if of_images else 'labels'} in MNIST's format"
-    if not intact:
-        raise UserError(f"{path} is damaged, or not {name} ({wanted}); move it away")
+def check_format(path: Path, name: str) -> None:
+    """UserError if a file has not the head and the size of one in MNIST's format: what is told without its MD5."""
+    count, of_images = 60_000 if path.name.startswith("train") else 10_000, "images" in path.name
+    head = struct.pack(">4i", 0x803, count, 28, 28) if of_images else struct.pack(">2i", 0x801, count)
+    with open(path, "rb") as file:
+        intact = file.read(len(head)) == head
+    if not intact or path.stat().st_size != len(head) + count * (28 * 28 if of_images else 1):
+        wanted = f"{count:,} {'images of 28 x 28' if of_images else 'labels'} in MNIST's format"
+        raise UserError(f"{path} is damaged, or not {name} (it is not {wanted}); move it away")

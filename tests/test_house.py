@@ -15,7 +15,7 @@ support.command_line
 time_emb dit_block diffusion
 dit
 variants.*
-loaders.download
+loaders.download loaders.packing loaders.image_folder
 loaders.*
 dataset
 support.published support.autoencoder support.checkpoint support.classifier support.pictures
