@@ -9,11 +9,10 @@ import hashlib
 import io
 import math
 import os
-import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
@@ -45,10 +44,7 @@ def open_folder(where: str | Path, data_dir: str | Path, train: bool) -> Source:
     """
     where = Path(where)
 
-    def open_file(name: str) -> Image.Image:
-        return open_image(io.BytesIO((where / name).read_bytes()))
-
-    return part_of(list_folder(where), train, open_file)
+    return part_of(list_folder(where), train, lambda name: open_image(where / name))
 
 
 def open_zip(where: str | Path, data_dir: str | Path, train: bool) -> Source:
@@ -65,10 +61,7 @@ def open_zip(where: str | Path, data_dir: str | Path, train: bool) -> Source:
         archive = zipfile.ZipFile(file)
     listing, members = list_zip(archive, str(where))
 
-    def open_member(name: str) -> Image.Image:
-        return open_image(io.BytesIO(read_member(archive, members[name])))
-
-    return part_of(listing, train, open_member)
+    return part_of(listing, train, lambda name: open_image(io.BytesIO(read_member(archive, members[name]))))
 
 
 def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
@@ -81,7 +74,7 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
         return file.read(member.file_size)  # and no more: archive.read would decompress what there is
 
 
-def open_image(file: io.BytesIO) -> Image.Image:
+def open_image(file: Path | io.BytesIO) -> Image.Image:
     """An image, not yet decoded."""
     return Image.open(file, formats=formats())
 
@@ -146,18 +139,20 @@ def list_folder(where: Path) -> Listing:
 def list_zip(archive: zipfile.ZipFile, where: str) -> tuple[Listing, dict[str, zipfile.ZipInfo]]:
     """All of a zip, and its members by name."""
     found, members = Listing(where, {}, [], set()), {}
+    visible = {"": True}
     for member in archive.infolist():
-        name = member.filename.replace("\\", "/")  # as some programs write it on Windows
-        parts = PurePosixPath(name).parts
-        if ".." in parts or re.match("/|[A-Za-z]:", name):
+        name = member.filename.replace("\\", "/").removeprefix("./")  # the former as some programs write on Windows
+        folder, _, file = name.rpartition("/")
+        if name[:1] == "/" or name[1:2] == ":" or "../" in name:
             raise UserError(f"{where}: the name {member.filename} leads out of the zip; make it anew")
-        if any(map(hidden, parts)):
+        if folder not in visible:
+            parts = folder.split("/")
+            visible[folder] = not any(map(hidden, parts))
+            if visible[folder]:
+                found.folders.update("/".join(parts[: depth + 1]) for depth in range(len(parts)))
+        if not file or hidden(file) or not visible[folder]:
             continue
-        name = "/".join(parts)
-        found.folders.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
-        if member.is_dir() or member.filename.endswith("\\"):
-            found.folders.add(name)
-        elif is_image(name):
+        if is_image(file):
             if member.flag_bits & 1:
                 raise UserError(f"{where} is encrypted; give a zip without a password")
             found.images[name] = f"{member.file_size} {member.CRC} {member.date_time}"
@@ -196,11 +191,10 @@ def part_of(listing: Listing, train: bool, open_file: Callable[[str], Image.Imag
     class_names = [name for name in groups if name]
     names = [file for files in mine.values() for file in files]
     labels = [label for label, name in enumerate(groups) for _ in mine.get(name, ())]
-    key = hashlib.sha256()
-    for name in sorted(listing.images):
-        key.update(f"{name}\0{listing.images[name]}\0".encode(errors="surrogateescape"))
+    states = "".join(f"{name}\0{listing.images[name]}\0" for name in sorted(listing.images))
+    key = hashlib.sha256(states.encode(errors="surrogateescape")).hexdigest()
     short = Path(listing.name).resolve().name
-    return Source(short, class_names, labels, names, key.hexdigest(), lambda i: open_file(names[i]))
+    return Source(short, class_names, labels, names, key, lambda i: open_file(names[i]))
 
 
 def parts_of(listing: Listing) -> tuple[str, str | None]:
@@ -223,14 +217,15 @@ def classes_of(listing: Listing, start: str) -> dict[str, list[str]]:
     folders = {name.removeprefix(start) for name in listing.folders if name.startswith(start)}
     groups: dict[str, list[str]] = {name: [] for name in sorted(folders) if "/" not in name} or {"": []}
     loose = []
-    for name in sorted(listing.images, key=os.path.split):
+    for name in sorted(listing.images, key=lambda name: name.rpartition("/")):
         if name.startswith(start):
             folder, inside, _ = name.removeprefix(start).partition("/")
             groups.get(folder if inside else "", loose).append(name)
-    spellings = Counter(name.casefold() for name in groups)
+    spellings: dict[str, str] = {}
     for name, files in groups.items():
-        if spellings[name.casefold()] > 1:
-            raise UserError(f"{listing.name}: class folders {start}{name} and another differ only in case; rename one")
+        other = spellings.setdefault(name.casefold(), name)
+        if other != name:
+            raise UserError(f"{listing.name}: class folders {other} and {name} differ only in case; rename one")
         if not files:
             raise UserError(f"{listing.name}: the folder {start}{name} holds no images; put some in, or remove it")
     if loose:

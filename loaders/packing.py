@@ -108,7 +108,7 @@ def to_bytes(image: Image.Image) -> Image.Image:
     Whole numbers beyond eight bits are taken as 16 bit, fractions as 0 to 1, or 0 to 255 where some are above 1.
     """
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
+        values = np.asarray(image).astype(np.float32)
         white = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
         if not (values.min() >= 0 and values.max() <= white):  # nor with NaN
             raise UserError(f"its pixels are from {values.min():g} to {values.max():g}; save it with 8 bits a channel")
@@ -176,10 +176,10 @@ def write_images(
                     grey = grey and bool((pixels == pixels[:1]).all())
                     new.add(pixels[None], [source.labels[i]])
                 bar.update()
-            lost = sorted(set(source.labels) - set(new.labels)) if channels is None else []
-            if lost or not new.labels:  # the training part says how many classes there are
-                name = f"class {source.class_names[lost[0]]}" if lost and source.class_names else "all"
-                raise UserError(f"{source.name}: no image of {name} can be read, the first is {about['skipped'][0]}")
+            lost = sorted(set(source.labels) - set(new.labels))
+            if lost and (channels is None or not new.labels):  # the training part says how many classes there are
+                of = f" of class {source.class_names[lost[0]]}" if source.class_names else ""
+                raise UserError(f"{source.name}: no image{of} can be read, the first is {about['skipped'][0]}")
             if channels is None and grey:
                 new.keep_first_channel()
 
