@@ -17,7 +17,7 @@ dit
 variants.*
 loaders.*
 dataset
-support.published support.autoencoder support.checkpoint support.classifier support.pictures
+support.published support.pictures support.autoencoder support.checkpoint support.classifier
 support.run_state support.run_log
 inference
 train evaluate benchmark
