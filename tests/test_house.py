@@ -18,7 +18,7 @@ variants.*
 loaders.download loaders.packing loaders.image_folder
 loaders.*
 dataset
-support.published support.autoencoder support.checkpoint support.classifier support.pictures
+support.published support.pictures support.autoencoder support.checkpoint support.classifier
 support.run_state support.run_log
 inference
 train evaluate benchmark
