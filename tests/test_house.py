@@ -18,6 +18,7 @@ variants.*
 loaders.*
 dataset
 support.published support.autoencoder support.checkpoint support.classifier support.pictures
+support.metrics
 support.run_state support.run_log
 inference
 train evaluate benchmark
