@@ -212,7 +212,7 @@ def judge_of(dataset: str, data_dir: str | Path, images: Tensor, labels: Tensor)
         print(f"{path} does not say that it learned from these images and labels, so it is replaced")
     learnt, _ = split_training(labels)
     of = "" if labels.max() else ", of one class: it learns to tell quarter turns"
-    print(f"training a classifier of {len(learnt):,} images of {dataset}, to be kept as {path}{of}")
+    print(f"training a classifier of {dataset}, by {len(learnt):,} images, to be kept as {path}{of}")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({}, path.with_suffix(".try"))  # better to fail now than after minutes of training
     path.with_suffix(".try").unlink(missing_ok=True)  # another may have done so
