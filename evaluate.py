@@ -104,42 +104,40 @@ def most_compared(train: Dataset, test: Dataset) -> int:
     return min(len(split_training(train.labels)[1]), len(test.labels), HELD_OUT)
 
 
+def scale_by_pixels(train: Dataset, test: Dataset) -> Scale:
+    """The nearest distance alone, where there are too few images for a judge."""
+    learnt, held_out = split_training(train.labels)
+    reference = Reference(crop(train.images, train.size), learnt)
+    there = f"{len(train.labels)} training and {len(test.labels)} test images"
+    return Scale(
+        lambda images, labels: measure(images, labels, reference),
+        measure(reference.training[held_out], None, reference),
+        f"{train.name} has {there}: too few for a judge, and so for accuracy, FD, IS, precision and recall.\n"
+        f"Told is how near they are to {len(learnt)} training images; the real ones are {len(held_out)} others",
+    )
+
+
 def scale_by_judge(train: Dataset, test: Dataset, count: int, data_dir: Path) -> Scale:
     """The table's figures by the dataset's own judge, for `count` images."""
     learnt, held_out = split_training(train.labels)
-    training, labels = crop(train.images, train.size), train.labels
-    reference, unseen = Reference(training, learnt), held_out[:count]
-    labelled = train.num_classes > 1
-    if most_compared(train, test) < LEAST:
-        real = measure(training[held_out], None, reference)
-        there = f"{len(labels)} training and {len(test.labels)} test images"
-        return Scale(
-            lambda images, labels: measure(images, None, reference),
-            real,
-            f"{train.name} has {there}: too few for a judge, and so for accuracy, FD, IS, precision and recall.\n"
-            f"What is left is how near they are to training images; the real ones are {len(held_out)} others of these",
-        )
+    training, labels, unseen = crop(train.images, train.size), train.labels, held_out[:count]
     judge = judge_of(train.name, data_dir, training, labels)
     features, _ = judge.read(crop(test.images, test.size)[mixed_order(test.labels)[:count]])
+    labelled = train.num_classes > 1
     reference = Reference(training, learnt, judge, features, kth_neighbour(features), labelled)
     real = measure(training[unseen], labels[unseen], reference)
     if labelled:
-        right, what = real["accuracy"], "right"
+        told = f"reads {real['accuracy']:.1%} of {count} real images right"
+        right, doubtful, missing = real["accuracy"], "accuracy means", ""
     else:
         turned, turns = quarter_turns(training[unseen], torch.Generator().manual_seed(0))
-        right, what = (
-            (judge.read(turned)[1].argmax(1) == turns).float().mean().item(),
-            "the right way up, or turned as they are",
-        )
+        right = (judge.read(turned)[1].argmax(1) == turns).float().mean().item()
+        told = f"tells of {right:.1%} of {count} real images by how many quarters they were turned"
+        doubtful, missing = "its features mean", "\nThere is one class, and so no accuracy and no IS"
     if right < 0.8:
-        figures = "accuracy means" if labelled else "the figures by its features mean"
-        warn(f"the judge reads only {right:.0%} of {count} real images {what}, so that {figures} little")
-    return Scale(
-        lambda images, labels: measure(images, labels, reference),
-        real,
-        f"compared with {count} test images, by a judge that reads {right:.1%} of {count} real images {what}"
-        + ("" if labelled else ";\nthere is one class, so that there is no accuracy, and no IS"),
-    )
+        warn(f"the judge {told}: with less than 80% {doubtful} little")
+    compared = f"compared with {count} test images, by a judge that {told}{missing}"
+    return Scale(lambda images, labels: measure(images, labels, reference), real, compared)
 
 
 def scale_by_inception(train: Dataset, test: Dataset, count: int, weights: str | None, device: torch.device) -> Scale:
@@ -259,6 +257,8 @@ def check_number(count: int | None, train: Dataset, test: Dataset, fid: bool) ->
 
     Where so few are there that nothing but the nearest distance is told, any number will do.
     """
+    if len(train.labels) < 2:
+        raise UserError(f"{train.name} has one training image; there is nothing to compare")
     most = len(test.labels) if fid else most_compared(train, test)
     few = most < LEAST and not fid
     count = count or (LEAST if few else min(most, HELD_OUT))
@@ -383,6 +383,8 @@ def main(argv: list[str] | None = None) -> None:
     num_samples = check_number(num_samples, train, test, fid)
     if fid:
         scale, asked = scale_by_inception(train, test, num_samples, inception, device), train.labels
+    elif most_compared(train, test) < LEAST:
+        scale, asked = scale_by_pixels(train, test), test.labels
     else:
         scale, asked = scale_by_judge(train, test, num_samples, data_dir), test.labels
 

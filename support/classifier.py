@@ -90,8 +90,8 @@ def split_training(labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Held out are the last fifth of the mixed order, at most 10,000.
     """
-    order, held_out = mixed_order(labels), min(HELD_OUT, len(labels) // 5)
-    cut = len(labels) - held_out
+    order = mixed_order(labels)
+    cut = len(labels) - min(HELD_OUT, max(1, len(labels) // 5))
     return order[: min(cut, LEARNT)], order[cut:]
 
 
