@@ -19,6 +19,7 @@ loaders.download loaders.packing loaders.image_folder
 loaders.*
 dataset
 support.published support.pictures support.autoencoder support.checkpoint support.classifier
+support.metrics
 support.run_state support.run_log
 inference
 train evaluate benchmark
