@@ -115,11 +115,13 @@ def save_gif(frames: list[Tensor], path: str | Path) -> None:
         pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
-def save_png(images: Tensor, path: str | Path, columns: int, names: list[str] | None = None) -> None:
-    """Images (N, C, H, W) in [-1, 1] as a grid, with a name at the left of each row where there are names."""
-    picture = Image.fromarray(mosaic(images, columns))
-    if names:
-        picture = named(picture, names)
+def save_png(images: Tensor, path: str | Path, columns: int, labels: list[str] | None = None) -> None:
+    """Images (N, C, H, W) in [-1, 1] as a grid; with a label for each, in rows of one label, which stands beside."""
+    if labels:
+        images, names = by_label(images, labels, columns)
+        picture = named(Image.fromarray(mosaic(images, len(images) // len(names))), names)
+    else:
+        picture = Image.fromarray(mosaic(images, columns))
     with writing(path) as file:
         picture.save(file, "PNG")
 

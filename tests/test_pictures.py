@@ -8,7 +8,17 @@ from PIL import Image
 
 from dataset import denormalize, normalize
 from support.errors import UserError
-from support.pictures import by_label, frames_shown, mosaic, named, save_gif, save_png, save_png_dir, save_strip, shortened
+from support.pictures import (
+    by_label,
+    frames_shown,
+    mosaic,
+    named,
+    save_gif,
+    save_png,
+    save_png_dir,
+    save_strip,
+    shortened,
+)
 
 BORDER = [64, 64, 64]
 
@@ -139,7 +149,7 @@ def test_the_rows_of_a_grid_are_named_beside_the_picture_that_it_is_without(tmp_
     plain = Image.fromarray(mosaic(images, 2))
     save_png(images, tmp_path / "plain.png", 2)
     assert Image.open(tmp_path / "plain.png").tobytes() == plain.tobytes()
-    save_png(images, tmp_path / "named.png", 2, ["cat", "", "a long name"])
+    save_png(images, tmp_path / "named.png", 2, ["cat"] * 4 + ["a long name"])
     picture = Image.open(tmp_path / "named.png")
     margin = picture.width - plain.width
     assert picture.height == plain.height and margin > 40
