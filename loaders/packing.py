@@ -110,6 +110,7 @@ def to_bytes(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float32)
         white = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
+        values[values == image.info.get("transparency", np.nan)] = white
         if not (values.min() >= 0 and values.max() <= white):  # nor with NaN
             raise UserError(f"its pixels are from {values.min():g} to {values.max():g}; save it with 8 bits a channel")
         return Image.fromarray((values / white * 255).round().astype(np.uint8))

@@ -3,7 +3,9 @@ import io
 import json
 import os
 import shutil
+import struct
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -37,6 +39,17 @@ def file_of(image: Image.Image, format: str, **options) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
+
+
+def png(width: int, height: int, bits: int, rows: bytes, transparent: bytes = b"", interlaced: int = 0) -> bytes:
+    """A grey PNG by hand; each row begins with the number of its filter, 0."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, interlaced))
+    head += chunk(b"tRNS", transparent) if transparent else b""
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def read(image) -> np.ndarray:
@@ -125,6 +138,11 @@ def test_sixteen_bits_are_scaled_not_clipped(format):
     assert read(file_of(Image.fromarray(values), format)).tolist() == [[0, 0, 1, 1, 128, 255]]
 
 
+def test_a_transparent_shade_of_sixteen_bits():
+    shades = b"\0" + struct.pack(">HH", 32768, 1000)
+    assert read(png(2, 1, 16, shades, transparent=struct.pack(">H", 1000))).tolist() == [[128, 255]]
+
+
 def test_fractions_are_of_one_or_of_255():
     assert read(file_of(Image.fromarray(np.float32([[0, 0.5, 1]])), "TIFF")).tolist() == [[0, 128, 255]]
     assert read(file_of(Image.fromarray(np.float32([[0, 1, 254.6]])), "TIFF")).tolist() == [[0, 1, 255]]
@@ -176,17 +194,8 @@ def test_the_first_frame_of_several(format):
 
 
 def test_an_interlaced_png():
-    """Two rows of Adam7, written by hand, for Pillow writes none: its seven passes of a 2 x 2 image are three."""
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", 2, 2, 8, 0, 0, 0, 1)
-    passes = bytes([0, 10, 0, 20, 0, 30, 40])  # (0, 0), then (1, 0), then row 1, each after its filter's number
-    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(passes)) + chunk(b"IEND", b"")
-    assert read(file).tolist() == [[10, 20], [30, 40]]
+    """Pillow writes none. The seven passes of a 2 x 2 image are three: (0, 0), then (1, 0), then row 1."""
+    assert read(png(2, 2, 8, bytes([0, 10, 0, 20, 0, 30, 40]), interlaced=1)).tolist() == [[10, 20], [30, 40]]
 
 
 # Bad images
@@ -313,10 +322,11 @@ def test_grey_images_take_one_channel_even_if_their_files_have_three(tmp_path):
 
 
 def test_one_coloured_image_makes_three_channels(tmp_path):
-    last = Image.new("RGB", (16, 16))
-    last.putpixel((3, 3), (0, 0, 1))
-    images = pack(source_of(*[noise(16, 16, 1)] * 20, last), tmp_path / "train", 16).images
-    assert images.shape == (21, 3, 16, 16) and images[20, 2, 3, 3] == 1
+    coloured = Image.new("RGB", (16, 16))
+    coloured.putpixel((3, 3), (0, 0, 1))
+    grey = [noise(16, 16, 1)] * 10
+    images = pack(source_of(*grey, coloured, *grey), tmp_path / "train", 16).images
+    assert images.shape == (21, 3, 16, 16) and images[10, :, 3, 3].tolist() == [0, 0, 1]
     assert torch.equal(images[0, 0], images[0, 2])
 
 
