@@ -340,7 +340,7 @@ def new_pack(folder: Path, key: str, about: dict[str, Any]) -> Iterator[NewPack]
     Raises:
         UserError: if it cannot be written (disk full, no permission); what was there before is intact.
     """
-    temporary, old = (folder.with_name(f"{folder.name}.{os.getpid()}{end}.tmp") for end in ("", ".old"))
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         about["key"] = key
@@ -351,11 +351,9 @@ def new_pack(folder: Path, key: str, about: dict[str, Any]) -> Iterator[NewPack]
         finally:
             with contextlib.suppress(OSError):  # which was raised before
                 new.file.close()
-        if folder.exists():
-            folder.rename(old)
+        shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     except OSError as error:
         raise unwritable(folder, error) from error
     finally:
-        for scrap in (temporary, old):
-            shutil.rmtree(scrap, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

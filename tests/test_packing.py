@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import threading
+import time
 import zlib
 
 import numpy as np
@@ -300,16 +301,18 @@ def test_images_come_in_order_whichever_is_done_first(tmp_path):
 
 
 def test_few_images_are_held_at_once(tmp_path):
-    """One is not opened before those long before it are on the disk."""
-    ahead = []
+    """While the first is not done, only so many more are begun."""
+    begun = set()
 
     def open_image(i: int) -> Image.Image:
-        file = next(tmp_path.rglob("images.npy"))
-        ahead.append(i - file.stat().st_size // (3 * 64 * 64))
-        return noise(64, 64)
+        begun.add(i)
+        if i == 0:
+            time.sleep(0.5)
+            begun.add(-max(begun))  # how far the others are by then
+        return Image.new("L", (8, 8))
 
-    pack(source_of(*[None] * 1000)._replace(open=open_image), tmp_path / "train", 64)
-    assert max(ahead) < 10 * min(os.cpu_count() or 1, 32) + 20
+    pack(source_of(*[None] * 2000)._replace(open=open_image), tmp_path / "train", 8)
+    assert max(begun) == 1999 and min(begun) > -10 * min(os.cpu_count() or 1, 32) - 10
 
 
 def test_grey_images_take_one_channel_even_if_their_files_have_three(tmp_path):
@@ -337,20 +340,21 @@ def test_the_test_part_takes_the_channels_of_the_training_part(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("shapes", "size"),
+    ("shapes", "size", "same"),
     [
-        ([(28, 28)] * 3, 28),
-        ([(64, 64)] * 3, 64),
-        ([(65, 65)] * 3, 64),
-        ([(28, 28)] * 2 + [(27, 27)], 64),
-        ([(28, 30)] * 3, 64),
-        ([(200, 100), (28, 28)], 64),
+        ([(28, 28)] * 3, 28, True),
+        ([(64, 64)] * 3, 64, True),
+        ([(65, 65)] * 3, 64, False),
+        ([(28, 28)] * 2 + [(27, 27)], 64, False),
+        ([(28, 30)] * 3, 64, False),
+        ([(200, 100), (28, 28)], 64, False),
     ],
 )
-def test_the_size_is_the_images_own_or_64_said_aloud(shapes, size, tmp_path, capsys):
+def test_the_size_is_the_images_own_or_64_said_aloud(shapes, size, same, tmp_path, capsys):
     found = pack(source_of(*[Image.new("RGB", shape) for shape in shapes]), tmp_path / "train", None)
     assert found.images.shape[2:] == (size, size)
-    assert f" {size} x {size} " in capsys.readouterr().err
+    words = f"keep their {size} x {size} pixels" if same else "are brought to 64 x 64 pixels"
+    assert words in capsys.readouterr().err
     assert pack(source_of(Image.new("RGB", (50, 40))), tmp_path / "other", 20).images.shape[2:] == (20, 20)
     assert capsys.readouterr().err == ""
 
@@ -395,6 +399,22 @@ def test_a_damaged_pack_is_made_anew(name, content, tmp_path):
     assert np.array_equal(pack(source, folder, 16).images[0].permute(1, 2, 0), noise(16, 16))
     path.write_bytes(path.read_bytes()[:-1])
     assert np.array_equal(pack(source, folder, 16).images[0].permute(1, 2, 0), noise(16, 16))
+
+
+def test_a_pack_with_more_labels_than_images_is_made_anew(tmp_path):
+    pack(source_of(noise(16, 16)), tmp_path / "train", 16)
+    np.save(tmp_path / "train" / "labels.npy", np.zeros(2, np.int64))
+    assert pack(source_of(noise(16, 16)), tmp_path / "train", 16).labels.tolist() == [0]
+
+
+def test_the_map_is_taken_without_a_warning(tmp_path, recwarn):
+    usual = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # not the first time alone
+    try:
+        pack(source_of(noise(16, 16)), tmp_path / "train", 16)
+    finally:
+        torch.set_warn_always(usual)
+    assert not list(recwarn)
 
 
 def test_what_a_killed_run_left_is_cleared(tmp_path):
