@@ -175,6 +175,12 @@ def test_how_many_are_held_out(counts, expected):
     assert all(set(files) - held_out for files in groups.values())  # something is left to train on
 
 
+def test_those_held_out_are_from_all_over_a_class():
+    """And not its first, which may be of one camera or one day."""
+    numbers = [int(name[:3]) // 250 for name in hold_out({"a": [f"{i:03}.png" for i in range(1000)]})]
+    assert min(numbers.count(quarter) for quarter in range(4)) > 10
+
+
 def test_images_added_leave_the_others_in_their_part():
     before = hold_out({"a": [f"{i}.png" for i in range(1000)]})
     after = hold_out({"a": [f"{i}.png" for i in range(1100)]})
