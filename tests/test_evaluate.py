@@ -453,6 +453,18 @@ def in_order(shape, counts, classes):
     return parts
 
 
+def black_images(monkeypatch) -> list:
+    """Has every model draw them; the labels asked for are kept in the list."""
+    asked = []
+
+    def draw(model, config, y, *_):
+        asked.append(y)
+        return torch.zeros(len(y), model.in_channels, 8, 8).byte(), 1.0
+
+    monkeypatch.setattr(evaluate, "timed_draw", draw)
+    return asked
+
+
 def test_of_a_hundred_images_the_nearest_distance_alone_is_told(tmp_path, small, capsys):
     small(**in_order((3, 8, 8), (90, 10), 5))
     path = save_model(tmp_path / "model.pth", in_channels=3, num_classes=5)
@@ -471,11 +483,8 @@ def test_of_a_hundred_images_the_nearest_distance_alone_is_told(tmp_path, small,
 
 def test_of_five_hundred_images_in_order_of_classes_all_is_told_at_equal_counts(tmp_path, small, capsys, monkeypatch):
     small(**in_order((3, 8, 8), (450, 50), 5))
-    asked, read, usual = [], [], classifier.Classifier.read
+    asked, read, usual = black_images(monkeypatch), [], classifier.Classifier.read
     monkeypatch.setattr(classifier.Classifier, "read", lambda self, x: read.append(len(x)) or usual(self, x))
-    monkeypatch.setattr(
-        evaluate, "timed_draw", lambda m, c, y, s, v: asked.append(y) or (torch.zeros(len(y), 3, 8, 8).byte(), 1.0)
-    )
     path = save_model(tmp_path / "model.pth", in_channels=3, num_classes=5)
     report, out, err = table(capsys, tmp_path, "--checkpoint", path)
     assert report["images"] == 50 and read == [50, 50, 50]  # test, held-out and drawn images
@@ -488,18 +497,14 @@ def test_of_five_hundred_images_in_order_of_classes_all_is_told_at_equal_counts(
 
 def test_of_more_images_in_order_a_part_is_of_all_classes(tmp_path, small, monkeypatch, capsys):
     small(**in_order((1, 8, 8), (500, 250), 5))
-    monkeypatch.setattr(classifier, "train_classifier", lambda images, labels, learnt: ByBrightness())
-    asked = []
-    monkeypatch.setattr(
-        evaluate, "timed_draw", lambda m, c, y, s, v: asked.append(y) or (torch.zeros(len(y), 1, 8, 8).byte(), 1.0)
-    )
+    monkeypatch.setattr(evaluate, "judge_of", lambda *_: ByBrightness())
+    asked = black_images(monkeypatch)
     path = save_model(tmp_path / "model.pth", num_classes=5)
     report, out, err = table(capsys, tmp_path, "--checkpoint", path, "--num-samples", 60)
     assert report["images"] == 60 and "compared with 60 test images" in out
     assert asked[0].bincount(minlength=5).min() > 4
-    assert (
-        report["real"]["FD"] < 50 < report["generated"][0]["FD"]
-    )  # where the two showed other classes it would be large
+    # Both real parts are of all classes: of others their brightness would be far apart.
+    assert report["real"]["FD"] < 500 < report["generated"][0]["FD"]
 
 
 class ByBrightness(classifier.Classifier):
@@ -545,9 +550,13 @@ class MeanColours(torch.nn.Module):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    fid = FrechetInceptionDistance(feature=MeanColours(), reset_real_features=False)
     asked = []
-    monkeypatch.setattr(evaluate, "inception_distance", lambda *given: asked.append(given) or fid)
+
+    def distance(*given):
+        asked.append(given)
+        return FrechetInceptionDistance(feature=MeanColours(), reset_real_features=False)
+
+    monkeypatch.setattr(evaluate, "inception_distance", distance)
     return asked
 
 
