@@ -95,13 +95,16 @@ def check_path(flag: str, path: str, suffix: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
     """Keep every other process that asks for the same lock out of a folder; the lock dies with this process.
 
     What a run that was killed in the middle of a write has left there is cleared away.
 
+    Args:
+        waiting: what to say while another process has it, which is then waited for.
+
     Raises:
-        UserError: if another process has it.
+        UserError: if another process has it and is not to be waited for.
     """
     try:
         import fcntl
@@ -110,7 +113,13 @@ def locked(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is None:
+                raise
+            warn(waiting)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         for scrap in folder.rglob("*.tmp"):
             if re.search(r"\.(pth|csv|png)(\.\d+)?\.tmp$", scrap.name):  # as `writing` names them, or did
                 scrap.unlink()

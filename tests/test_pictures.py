@@ -6,9 +6,19 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dataset import normalize
+from dataset import denormalize, normalize
 from support.errors import UserError
-from support.pictures import frames_shown, mosaic, save_gif, save_png, save_png_dir, save_strip
+from support.pictures import (
+    by_label,
+    frames_shown,
+    mosaic,
+    named,
+    save_gif,
+    save_png,
+    save_png_dir,
+    save_strip,
+    shortened,
+)
 
 BORDER = [64, 64, 64]
 
@@ -110,6 +120,64 @@ def test_a_strip_is_never_larger_than_matplotlib_draws(figures, tmp_path, monkey
     save_strip({step: torch.zeros(1, 300, 8, 8) for step in range(13)}, [0], tmp_path / "strip.png")
     ((figure, dpi),) = figures
     assert 2**15 < max(figure.get_size_inches()) * dpi < 2**16
+
+
+NAMES = ["T-shirt/top", "M" * 30, "cost $5, or $\\foo$", "\u82b1\u306e\u5199\u771f", "two\nlines", "\udcff"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rows, columns", [(1, 2), (1, 13), (2, 2), (2, 8), (6, 13), (6, 3)])
+def test_names_stand_whole_at_the_left_of_a_strip_whatever_is_in_them(rows, columns, figures, tmp_path):
+    save_strip({i: torch.zeros(rows, 1, 8, 8) for i in range(columns)}, NAMES[:rows], tmp_path / "strip.png")
+    (axes,) = figures[0][0].axes
+    texts = axes.get_yticklabels()
+    assert [text.get_text() for text in texts] == [shortened(name) for name in NAMES[:rows]]
+    assert min(text.get_window_extent().x0 for text in texts) >= 0
+    left, _, right, _ = axes.get_window_extent().extents
+    assert (right - left) / columns > 54  # the images are not made small by it
+    assert axes.get_ylabel() == ""
+
+
+def test_a_long_name_is_shortened_to_one_line():
+    assert shortened("Ankle boot") == "Ankle boot" and shortened("a" * 20) == "a" * 20
+    assert shortened("a" * 21) == "a" * 19 + "…" and shortened("tench, Tinca tinca, a fish") == "tench, Tinca tinca,…"
+    assert shortened("a\nb") == r"a\nb"
+
+
+def test_the_rows_of_a_grid_are_named_beside_the_picture_that_it_is_without(tmp_path):
+    images = normalize(bytes_of(5, 3, 16, 16))
+    plain = Image.fromarray(mosaic(images, 2))
+    save_png(images, tmp_path / "plain.png", 2)
+    assert Image.open(tmp_path / "plain.png").tobytes() == plain.tobytes()
+    save_png(images, tmp_path / "named.png", 2, ["cat"] * 4 + ["a long name"])
+    picture = Image.open(tmp_path / "named.png")
+    margin = picture.width - plain.width
+    assert picture.height == plain.height and margin > 40
+    assert picture.crop((margin, 0, picture.width, picture.height)).tobytes() == plain.tobytes()
+    text = np.array(picture.convert("L"))[:, :margin] > 160
+    written = [text[1 + 17 * row : 17 * (row + 1)] for row in range(3)]
+    assert [bool(row.any()) for row in written] == [True, False, True]
+    assert written[0].any(0).argmax() > written[2].any(0).argmax() > 0  # to the right, beside the images; none is cut
+    for row in (written[0], written[2]):
+        assert 3 < row.any(1).nonzero()[0].mean() < 13  # in the middle of its row
+
+
+@pytest.mark.parametrize("names", [NAMES, ["x"] * 6])
+def test_names_of_a_grid_are_never_cut(names):
+    text = np.array(named(Image.new("RGB", (10, 6 * 40 + 1)), names).convert("L"))[:, :-10] > 160
+    assert text.any() and not text[:, 0].any() and not text[:, -1].any()
+
+
+def test_images_go_into_rows_of_a_label_each_with_gaps_as_grey_as_borders():
+    images = normalize(bytes_of(7, 1, 4, 4))
+    rows, names = by_label(images, ["b", "a", "b", "b", "a", "b", "b"], columns=3)
+    assert names == ["b", "", "a"]
+    order = [0, 2, 3, 5, 6, None, 1, 4, None]
+    assert len(rows) == 9
+    for image, i in zip(rows, order):
+        assert torch.equal(image, images[i]) if i is not None else (denormalize(image) == BORDER[0]).all()
+    rows, names = by_label(images, list("abcdefg"), columns=3)
+    assert torch.equal(rows, images) and names == list("abcdefg")  # a column
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
