@@ -1,17 +1,20 @@
 import csv
 import json
 import sys
+import zipfile
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_dit
+from PIL import Image
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
 import dataset
 import evaluate
+import inference
 from config import SAMPLERS, Config
 from dataset import load_dataset
 from dit import DiT
@@ -686,16 +689,35 @@ def test_latents_are_decoded_and_compared_as_pixels(channels, tmp_path, small, c
 def test_image_files_are_brought_to_the_size_of_what_is_compared(tmp_path, small, monkeypatch, capsys):
     sizes, parts = [], in_order((3, 8, 8), (500, 100), 3)
 
-    def load(name, data_dir, train=True, image_size=None):
-        sizes.append((name, image_size))
+    def load(name, data_dir, train=True, image_size=None, skip_damaged=False):
+        sizes.append((name, image_size, skip_damaged))
         return dataset.Dataset("cats.zip", *parts["train" if train else "test"], (8, 8))
 
     monkeypatch.setattr(evaluate, "load_dataset", load)
     path = save_model(tmp_path / "model.pth", in_channels=3, name="cats.zip")
-    report, *_ = table(capsys, tmp_path, "--checkpoint", path)
+    report, *_ = table(capsys, tmp_path, "--checkpoint", path, "--skip-damaged")
     np.savez(tmp_path / "s.npz", np.zeros((60, 8, 8, 3), np.uint8))
     table(capsys, tmp_path, "--npz", tmp_path / "s.npz", "--dataset", "cats.zip")
-    assert report["dataset"] == "cats.zip" and sizes == [("cats.zip", 8)] * 4
+    assert report["dataset"] == "cats.zip" and sizes == [("cats.zip", 8, True)] * 2 + [("cats.zip", 8, False)] * 2
+
+
+def test_the_adm_suite_reads_what_inference_writes_and_its_folder_holds_the_same(tmp_path, small):
+    """It streams arr_0 from the zip: a header of version 1.0, C order, then NHWC bytes, which it takes for colours."""
+    path = save_model(tmp_path / "model.pth", in_channels=3)
+    flags = ["--checkpoint", str(path), "--num-samples", "7", "--labels", "012"]
+    inference.main([*flags, "--npz", str(tmp_path / "s.npz"), "--png-dir", str(tmp_path / "pngs")])
+    with zipfile.ZipFile(tmp_path / "s.npz").open("arr_0.npy") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        assert (shape, fortran, dtype) == ((7, 8, 8, 3), False, np.uint8)
+        streamed = np.frombuffer(file.read(), dtype).reshape(shape)
+    model, config = load_model(path)
+    y = torch.arange(7) % 3
+    drawn = dataset.denormalize(inference.draw_images(model, config, y, torch.Generator().manual_seed(config.seed)))
+    assert (streamed == drawn.permute(0, 2, 3, 1).numpy()).all()
+    assert np.load(tmp_path / "s.npz")["arr_1"].tolist() == y.tolist()
+    for name, image in zip(["000000-0.png", "000001-1.png", "000002-2.png", "000003-0.png"], streamed):
+        assert (np.array(Image.open(tmp_path / "pngs" / name)) == image).all()
 
 
 def test_the_measured_curves_are_of_every_sampler_and_setting():
