@@ -290,7 +290,8 @@ def report_bits(given: dict, data_dir: Path) -> dict:
     check_limits("bits_per_dim", count, most=len(test.labels))  # as many as there are test images
     generator = torch.Generator(device).manual_seed(seed)
     bits = []
-    for images, y in zip(test.images[:count].split(500), test.labels[:count].split(500)):
+    for index in mixed_order(test.labels)[:count].split(500):
+        images, y = test.images[index], test.labels[index]
         bits.append(bits_per_dim(process, model, normalize(images.to(device)), y.to(device), generator))
     # The margin of a padded image takes bits too, but is no data: all bits are shared out among the data's own pixels.
     bits = torch.cat(bits) * model.image_size**2 / math.prod(test.size)

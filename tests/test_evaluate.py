@@ -395,6 +395,19 @@ def test_bits_are_shared_out_among_the_dimensions_of_the_data_without_margin(
     assert report["standard_error"] == pytest.approx(0.01 * times / 3)  # the deviation is .01 (10 / 9)^(1/2)
 
 
+def test_the_bits_of_a_part_of_data_in_order_are_of_all_classes(tmp_path, small, monkeypatch):
+    parts, seen = in_order((1, 8, 8), (500, 100), 5), []
+    small(**parts)
+    monkeypatch.setattr(
+        evaluate, "bits_per_dim", lambda process, model, x, y, rng: seen.append((x, y)) or x[:, 0, 0, 0]
+    )
+    evaluate.main(["--checkpoint", str(save_model(tmp_path / "model.pth", num_classes=5)), "--bits-per-dim", "40"])
+    ((x, y),) = seen
+    assert y.bincount(minlength=5).min() > 3
+    brightness = (x.mean((1, 2, 3)) + 1) * 127.5
+    assert torch.equal((brightness - 15).div(44).round().long(), y)  # the images are those of the labels
+
+
 def test_a_margin_that_is_known_adds_no_bits_to_those_of_the_data(tmp_path, small, monkeypatch):
     """A network that knows it, and of the data nothing, needs as many bits for a padded image as for a bare one."""
     reports = []
