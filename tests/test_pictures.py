@@ -112,7 +112,7 @@ def test_a_strip_is_never_larger_than_matplotlib_draws(figures, tmp_path, monkey
     assert 2**15 < max(figure.get_size_inches()) * dpi < 2**16
 
 
-NAMES = ["T-shirt/top", "M" * 30, "cost $5, or $\\foo$", "\u82b1\u306e\u5199\u771f", "two\nlines", "\udcff"]
+NAMES = ["T-shirt/top", "M" * 30, "it is $\\foo$", "\u82b1\u306e\u5199\u771f", "two\nlines", "\udcff"]
 
 
 @pytest.mark.filterwarnings("error")
