@@ -43,7 +43,7 @@ def check_loaded(loaded: Any, name: str, train: bool) -> tuple[Tensor, Tensor, l
     there = labels.unique().tolist()
     span = f"{len(there)} different ones from {there[0]} to {there[-1]}"
     promise(there[0] >= 0 and (not train or there[-1] < len(there)), "labels must be 0, 1, 2, ... without a gap", span)
-    if not names:
+    if not names or names == [[]]:
         return images, labels, []
     (names,) = names
     words = isinstance(names, tuple | list) and all(isinstance(name, str) and name.strip() for name in names)

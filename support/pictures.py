@@ -1,7 +1,11 @@
-"""Pictures of images: a grid, the strip from noise to image, an animation."""
+"""Pictures of images: a grid, the strip from noise to image, an animation, a folder of PNGs."""
 
 import math
+import os
+import re
+import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dataset import denormalize, normalize
-from support.errors import one_line
-from support.files import writing
+from support.errors import UserError, one_line
+from support.files import unwritable, writing
 
 BORDER = 64  # the grey between images
 
@@ -111,11 +115,13 @@ def save_gif(frames: list[Tensor], path: str | Path) -> None:
         pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
-def save_png(images: Tensor, path: str | Path, columns: int, names: list[str] | None = None) -> None:
-    """Images (N, C, H, W) in [-1, 1] as a grid, with a name at the left of each row where there are names."""
-    picture = Image.fromarray(mosaic(images, columns))
-    if names:
-        picture = named(picture, names)
+def save_png(images: Tensor, path: str | Path, columns: int, labels: list[str] | None = None) -> None:
+    """Images (N, C, H, W) in [-1, 1] as a grid; with a label for each, in rows of one label, which stands beside."""
+    if labels:
+        images, names = by_label(images, labels, columns)
+        picture = named(Image.fromarray(mosaic(images, len(images) // len(names))), names)
+    else:
+        picture = Image.fromarray(mosaic(images, columns))
     with writing(path) as file:
         picture.save(file, "PNG")
 
@@ -148,3 +154,46 @@ def save_loss_plot(path: Path, rows: list[str]) -> None:
     axes.minorticks_off()
     with writing(path) as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def check_png_dir(folder: str | Path) -> None:
+    """Refuse a folder that save_png_dir could not write, before the work rather than after it."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "is not empty" if folder.is_dir() else "is a file"
+        raise UserError(f"--png-dir {folder} {what}; give a new folder, or an empty one")
+    if not folder.absolute().parent.is_dir():
+        raise UserError(f"--png-dir {folder}: the folder it is to be in does not exist; create it first")
+
+
+def save_png_dir(
+    images: Tensor, labels: list[int], folder: str | Path, class_names: Sequence[str] | None = None
+) -> None:
+    """Images (N, C, H, W) in [-1, 1], grey or in colour, as a folder of PNGs: 000000-cat.png, 000001-dog.png, ...
+
+    One flat folder, as pytorch-fid and clean-fid read it; the class is in the name, as its number if it has none. It
+    is whole or not there: what cannot be written leaves nothing behind.
+
+    Raises:
+        UserError: for a folder that is not empty, for images of other channels than 1 or 3, or if it cannot be written.
+    """
+    check_png_dir(folder)
+    if images.shape[1] not in (1, 3):
+        raise UserError(f"--png-dir {folder}: images of {images.shape[1]} channels are no PNGs; give --npz instead")
+    digits = max(6, len(str(len(images) - 1)))
+    target = Path(folder).resolve()
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        for start in range(0, len(images), 1000):
+            pixels = denormalize(images[start : start + 1000]).permute(0, 2, 3, 1).cpu().numpy()
+            for i, (picture, label) in enumerate(zip(pixels, labels[start : start + 1000]), start):
+                name = re.sub(r"\W+", "_", class_names[label])[:60] if class_names else label
+                Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture).save(
+                    temporary / f"{i:0{digits}}-{name}.png"
+                )
+        temporary.replace(target)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

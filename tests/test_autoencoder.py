@@ -11,8 +11,8 @@ from support.autoencoder import decode, load_vae
 from support.errors import UserError
 
 
-def latents(in_channels):
-    return Config(in_channels=in_channels, clip_x0=False)
+def latents(in_channels, **changes):
+    return Config(in_channels=in_channels, latents=True, **changes)
 
 
 def write_vae(folder, safe=True, **options):
@@ -50,10 +50,12 @@ def test_a_model_of_pixels_needs_no_vae(capsys):
         load_vae("folder", Config())
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_few_channels_that_are_not_clipped_are_taken_for_pixels_unless_a_vae_is_given(channels, tmp_path, capsys):
-    assert load_vae(None, latents(channels)) is None
-    assert f"{channels} channels are taken for those of pixels" in capsys.readouterr().err
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_the_config_says_whether_a_model_is_of_latents_whatever_else_it_says(channels, tmp_path, capsys):
+    for clip_x0 in (True, False):
+        assert load_vae(None, Config(in_channels=channels, clip_x0=clip_x0)) is None
+        with pytest.raises(UserError, match=f"the checkpoint draws latents of {channels} channels"):
+            load_vae(None, latents(channels, clip_x0=clip_x0))
     write_vae(tmp_path, latent_channels=channels)
     x = torch.randn(1, channels, 8, 8)
     assert decode(load_vae(str(tmp_path), latents(channels)), x).shape == (1, 3, 16, 16)
@@ -87,7 +89,7 @@ def test_a_vae_that_lacks_a_weight_is_refused(safe, tmp_path):
     vae = write_vae(tmp_path, safe)
     del vae.decoder.conv_out
     vae.save_pretrained(tmp_path, safe_serialization=safe)
-    with pytest.raises(UserError, match=f"--vae {tmp_path} holds no AutoencoderKL .*decoder.conv_out"):
+    with pytest.raises(UserError, match=f"--vae {tmp_path} holds no AutoencoderKL or .*decoder.conv_out"):
         load_vae(str(tmp_path), latents(4))
 
 

@@ -16,9 +16,10 @@ time_emb dit_block diffusion
 dit
 variants.*
 loaders.download loaders.packing loaders.image_folder
-loaders.*
+loaders.* loaders.sources
 dataset
-support.published support.autoencoder support.checkpoint support.classifier support.pictures
+support.published support.pictures support.autoencoder support.checkpoint support.classifier
+support.metrics support.prepare
 support.run_state support.run_log
 inference
 train evaluate benchmark

@@ -8,7 +8,17 @@ from PIL import Image
 
 from dataset import denormalize, normalize
 from support.errors import UserError
-from support.pictures import by_label, frames_shown, mosaic, named, save_gif, save_png, save_strip, shortened
+from support.pictures import (
+    by_label,
+    frames_shown,
+    mosaic,
+    named,
+    save_gif,
+    save_png,
+    save_png_dir,
+    save_strip,
+    shortened,
+)
 
 BORDER = [64, 64, 64]
 
@@ -139,7 +149,7 @@ def test_the_rows_of_a_grid_are_named_beside_the_picture_that_it_is_without(tmp_
     plain = Image.fromarray(mosaic(images, 2))
     save_png(images, tmp_path / "plain.png", 2)
     assert Image.open(tmp_path / "plain.png").tobytes() == plain.tobytes()
-    save_png(images, tmp_path / "named.png", 2, ["cat", "", "a long name"])
+    save_png(images, tmp_path / "named.png", 2, ["cat"] * 4 + ["a long name"])
     picture = Image.open(tmp_path / "named.png")
     margin = picture.width - plain.width
     assert picture.height == plain.height and margin > 40
@@ -180,3 +190,79 @@ def test_an_animation_shows_each_frame(channels, tmp_path):
     for i, level in enumerate((0, 128, 255)):
         gif.seek(i)
         assert abs(np.array(gif.convert("L"))[8, 8].item() - level) <= 1  # inside the first image
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_folder_of_pngs_holds_the_images_themselves(channels, tmp_path):
+    images = bytes_of(12, channels, 5, 4)
+    names = ["cat", "a/b: c", "Ü" * 300]
+    for folder in (tmp_path / "new", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        save_png_dir(normalize(images), [i % 3 for i in range(12)], folder, names)
+        paths = sorted(folder.iterdir())
+        assert [path.name for path in paths[:2]] == ["000000-cat.png", "000001-a_b_c.png"] and len(paths) == 12
+        for path, image in zip(paths, images):
+            picture = Image.open(path)
+            assert picture.mode == ("L" if channels == 1 else "RGB")
+            assert (np.array(picture).reshape(5, 4, channels) == image.permute(1, 2, 0).numpy()).all()
+    save_png_dir(normalize(images), [7] * 12, tmp_path / "numbers")
+    assert (tmp_path / "numbers" / "000011-7.png").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new", "numbers"]
+
+
+def test_a_folder_of_pngs_is_whole_or_not_there(tmp_path, monkeypatch):
+    x = normalize(bytes_of(12, 3, 4, 4))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    for folder, images, message in (
+        (tmp_path / "full", x, "full is not empty; give a new folder"),
+        (tmp_path / "full" / "a", x, "is a file"),
+        (tmp_path / "no" / "a", x, "does not exist; create it first"),
+        (tmp_path / "new", x[:, :2], "images of 2 channels are no PNGs"),
+        (tmp_path / "new", x / 0, "not finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            save_png_dir(images, [0] * 12, folder)
+    saved, save = [], Image.Image.save
+
+    def fill_up(self, path):
+        if len(saved) == 5:
+            raise OSError(28, "No space left on device")
+        saved.append(path)
+        save(self, path)
+
+    monkeypatch.setattr(Image.Image, "save", fill_up)
+    with pytest.raises(UserError, match="cannot write .*new .No space left on device"):
+        save_png_dir(x, [0] * 12, tmp_path / "new")
+    assert len(saved) == 5 and [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_pytorch_fid_reads_a_folder_of_pngs(tmp_path):
+    fid_score = pytest.importorskip("pytorch_fid.fid_score", reason="pytorch-fid is not installed: pip install it")
+    images = bytes_of(60, 1, 8, 8)
+    save_png_dir(normalize(images), [0] * 60, tmp_path / "a")
+    seen = []
+
+    class Network(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return [x.mean((2, 3), keepdim=True)]
+
+    mean, _ = fid_score.compute_statistics_of_path(str(tmp_path / "a"), Network(), 50, 3, "cpu", num_workers=0)
+    assert torch.equal((torch.cat(seen) * 255).round().byte(), images.expand(-1, 3, -1, -1))  # in order
+    assert mean == pytest.approx(images.float().mean().item() / 255, abs=1e-5)
+
+
+def test_clean_fid_reads_a_folder_of_pngs(tmp_path):
+    fid = pytest.importorskip("cleanfid.fid", reason="clean-fid is not installed: pip install it")
+    images = bytes_of(60, 3, 299, 299)[:10]
+    save_png_dir(normalize(images), [0] * 10, tmp_path / "a")
+    seen = []
+
+    def network(x):
+        seen.append(x)
+        return x.mean((2, 3))
+
+    features = fid.get_folder_features(str(tmp_path / "a"), network, num_workers=0, device="cpu", verbose=False)
+    assert features.shape == (10, 3)
+    assert torch.equal(torch.cat(seen).round().byte(), images)
