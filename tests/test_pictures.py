@@ -162,6 +162,13 @@ def test_the_rows_of_a_grid_are_named_beside_the_picture_that_it_is_without(tmp_
         assert 3 < row.any(1).nonzero()[0].mean() < 13  # in the middle of its row
 
 
+@pytest.mark.parametrize("count, labels, rows", [(16, 16, 16), (25, 21, None), (100, 40, 40), (100, 41, None)])
+def test_labels_so_many_that_a_column_would_come_of_it_are_left_out(count, labels, rows, tmp_path):
+    images, columns = torch.zeros(count, 1, 16, 16), round(count**0.5)
+    save_png(images, tmp_path / "a.png", columns, [str(i % labels) for i in range(count)])
+    assert Image.open(tmp_path / "a.png").height == (rows or columns) * 17 + 1
+
+
 @pytest.mark.parametrize("names", [NAMES, ["x"] * 6])
 def test_names_of_a_grid_are_never_cut(names):
     text = np.array(named(Image.new("RGB", (10, 6 * 40 + 1)), names).convert("L"))[:, :-10] > 160
