@@ -262,7 +262,7 @@ def test_pytorch_fid_reads_a_folder_of_pngs(tmp_path):
 
 def test_clean_fid_reads_a_folder_of_pngs(tmp_path):
     fid = pytest.importorskip("cleanfid.fid", reason="clean-fid is not installed: pip install it")
-    images = bytes_of(60, 3, 299, 299)[:10]
+    images = bytes_of(10, 3, 299, 299)  # the size that it would resize to
     save_png_dir(normalize(images), [0] * 10, tmp_path / "a")
     seen = []
 
