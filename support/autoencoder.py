@@ -38,6 +38,7 @@ AT_A_TIME = 2**16  # pixels that are encoded or decoded together, for an autoenc
 BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 32, 2e-3, 50
 KL_WEIGHT = 1e-3  # of a squared error and a divergence that are both sums over an image
 WIDTHS = (16, 32, 64)  # channels at full size, half, and all that is smaller
+GROUPS = 8
 
 
 def load_vae(folder: str | None, config: Config, device: str | torch.device = "cpu") -> nn.Module | None:
@@ -173,7 +174,7 @@ def build_vae(image_size: int, latent_channels: int, downsample: int) -> nn.Modu
         down_block_types=["DownEncoderBlock2D"] * len(widths),
         up_block_types=["UpDecoderBlock2D"] * len(widths),
         latent_channels=latent_channels,
-        norm_num_groups=8,
+        norm_num_groups=GROUPS,
         mid_block_add_attention=False,
         sample_size=image_size,
     )
