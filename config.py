@@ -42,6 +42,8 @@ PRESETS = {
     | dict(sampler="euler", sample_steps=25, cfg_scale=1.4, cfg_low=0.0, cfg_high=1.0),
     # Four times the tokens, and the time to learn to use them: the weights of model.pth.
     "long": dict(patch_size=7, hidden_size=128, train_steps=28_000),
+    # One's own pictures: a patch of about an eighth of their side.
+    "pictures": dict(patch_size=None, hidden_size=128, learning_rate=2e-3, time_mean=0.5, train_steps=20_000),
     "classic": ORIGINAL  # the recipe of a well-known teaching repository, in this one's model and loop, cut short
     | dict(patch_size=4, hidden_size=64, depth=3, loss="l1", learning_rate=1e-3, batch_size=300, train_steps=2000)
     | dict(sample_steps=1000, cfg_scale=1.0),
@@ -50,6 +52,7 @@ PRESETS = {
 PAPER = ORIGINAL | dict(image_size=32, learn_sigma=True, sample_steps=250, cfg_scale=1.5)
 PAPER |= dict(learning_rate=1e-4, batch_size=256, ema_decay=0.9999, train_steps=400_000)
 PRESETS |= {name: PAPER | sizes for name, sizes in PAPER_MODELS.items()}
+PRESET_OF = dict.fromkeys(("auto", "mnist", "kmnist", "glyphs"), "digits")  # where none is named; else pictures
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Config:
     num_classes: int = option(10, "number of labels; comes from the dataset", int, least=1, most=10**7)
     class_names: tuple | None = option(None, "their names; come from the dataset", tuple)
     latents: bool = option(False, "images are an autoencoder's latents; comes with vae", bool)
-    patch_size: int = option(14, "a token is a square of this many pixels", int, least=1, most=2**14)
+    patch_size: int | None = option(14, "a token is a square of this many pixels", int, least=1, most=2**14)
     hidden_size: int = option(192, "width of a token", int, least=4, most=2**16)
     depth: int = option(6, "number of transformer blocks", int, least=1, most=1000)
     num_heads: int = option(4, "attention heads of a block", int, least=1, most=2**14)
@@ -130,7 +133,7 @@ class Config:
             raise UserError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads} and by 4; try {near}"
             )
-        if self.image_size is not None and self.image_size % self.patch_size:
+        if self.image_size and self.patch_size and self.image_size % self.patch_size:
             divisors = [p for p in range(2, self.image_size) if self.image_size % p == 0]
             raise UserError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; "
@@ -167,6 +170,8 @@ def preset(name: str = "digits", **changes: Any) -> Config:
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
     settings = {**PRESETS[name], **changes}
+    if changes.get("vae") and "image_size" not in changes:
+        settings.pop("image_size", None)  # the preset's is of latents, and here it is the size of the images
     process = settings.get("process", "diffusion")
     for other, options in OPTIONS.items():
         for option_name in options:

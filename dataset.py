@@ -1,50 +1,90 @@
-"""A dataset by name, held in memory: images (N, C, H, W) uint8 and labels (N,) int64.
+"""A dataset by name, folder or file: images (N, C, H, W) uint8, labels (N,) int64 and the names of the classes.
 
-A loader is a function of (data_dir, train) that returns these two tensors, of the training or the test part, with None
-for the labels where there are none; DATASETS maps names to loaders.
-Batches are cut from the tensors by index and become floats in [-1, 1] on the device: see `normalize`.
+Digits and their like are arrays in memory, from a loader in DATASETS: a function of (data_dir, train). Anything else is
+image files: a source lists them, and loaders/packing.py brings them to one size and packs them into one array on disk.
+Either way a batch is cut out by index and becomes floats in [-1, 1]: see `Dataset.draw`.
 """
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 from loaders.check import check_loaded
 from loaders.glyphs import load_glyphs
-from loaders.mnist import load_mnist
+from loaders.latents import draw_latents
+from loaders.mnist import load_fashion, load_kmnist, load_mnist
+from loaders.sources import full_name, load_packed
 from support.errors import NotAvailable, UserError
 from support.machine import check_memory
 
-DATASETS = {"mnist": load_mnist, "glyphs": load_glyphs}
+DATASETS = {"mnist": load_mnist, "fashion": load_fashion, "kmnist": load_kmnist, "glyphs": load_glyphs}
 
 
 class Dataset(NamedTuple):
-    """Images (N, C, H, W) uint8, squares perhaps padded from `size`, the height and width of the data; labels (N,)."""
+    """Images (N, C, H, W) uint8, squares perhaps padded from `size`, the height and width of the data; labels (N,).
+
+    Of an autoencoder's latents: `images` are means and deviations, see loaders/latents.py.
+    """
 
     name: str
     images: Tensor
     labels: Tensor
     size: tuple[int, int]
+    class_names: tuple[str, ...] | None = None
+    about: dict[str, Any] | None = None  # what the pack says of itself; None for an array in memory
+    latents: dict[str, Any] | None = None  # how they are drawn: the settings of draw_latents
 
     @property
     def num_classes(self) -> int:
         """How many classes there are, which is the training part's to say."""
         return int(self.labels.max()) + 1
 
+    @property
+    def channels(self) -> int:
+        """Of an image, or of a latent as it is drawn."""
+        return self.images.shape[1] // (2 if self.latents and self.latents["deviation"] else 1)
 
-def load_dataset(name: str, data_dir: str | Path, train: bool = True, image_size: int | None = None) -> Dataset:
-    """A dataset by name; "auto" is mnist, or glyphs (said loudly) where MNIST cannot be had.
+    def to(self, device: torch.device) -> "Dataset":
+        """The same with its images on a GPU, if they take at most half of what is free there; the labels always."""
+        labels = self.labels.to(device)
+        if device.type == "cuda" and 2 * self.images.nbytes > torch.cuda.mem_get_info(device)[0]:
+            return self._replace(labels=labels)
+        return self._replace(images=self.images.to(device), labels=labels)
+
+    def draw(self, index: Tensor, mirrored: Tensor | None, generator: Generator) -> tuple[Tensor, Tensor]:
+        """x_0 (B, C, H, W) and labels (B,) at index (B,), on its device; some mirrored (B,), by their columns."""
+        if self.latents is not None:  # which are mirrored before they are encoded: a second half of as many
+            entries = index if mirrored is None else index + len(self.labels) * mirrored
+            x0 = draw_latents(self.fetch(entries), generator=generator, **self.latents)
+        else:
+            x0 = normalize(self.fetch(index))
+            x0 = x0 if mirrored is None else torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
+        return x0, self.labels[index]
+
+    def fetch(self, index: Tensor) -> Tensor:
+        """The images at index (B,), copied to its device, if need be, without waiting for it."""
+        images = self.images[index.to(self.images.device)]
+        if index.device.type == "cuda" and images.device.type == "cpu":
+            images = images.pin_memory()
+        return images.to(index.device, non_blocking=True)
+
+
+def load_dataset(
+    name: str, data_dir: str | Path, train: bool = True, image_size: int | None = None, skip_damaged: bool = False
+) -> Dataset:
+    """A dataset by name, "hf:NAME", folder or .zip; "auto" is mnist, or glyphs (said loudly) where that cannot be had.
 
     Args:
-        image_size: pad images with black to this size.
+        image_size: bring images to this size; those of arrays are padded with black instead.
+        skip_damaged: leave out image files that cannot be read, and list them.
 
     Raises:
         UserError: for an unknown name, a damaged file, for what a loader must not give (see loaders/check.py), or an
-            image_size smaller than the images.
+            image_size smaller than the images of an array.
         NotAvailable: for a dataset asked for by name that cannot be had.
     """
     if name == "auto":
@@ -53,10 +93,15 @@ def load_dataset(name: str, data_dir: str | Path, train: bool = True, image_size
         except NotAvailable as error:
             print(f"\n*** {error}\n*** Going on with --dataset glyphs: digits drawn from fonts.\n", file=sys.stderr)
             name = "glyphs"
-    if name not in DATASETS:
-        raise UserError(f"dataset {name!r} is not one of auto, {', '.join(DATASETS)}")
-    images, labels = check_loaded(DATASETS[name](data_dir, train), f"dataset {name}", train)
+    name, about = full_name(name, ("auto", *DATASETS)), None
+    if name in DATASETS:
+        loaded = DATASETS[name](data_dir, train)
+    else:
+        *loaded, about = load_packed(name, Path(data_dir), train, image_size, skip_damaged)
+    images, labels, class_names = check_loaded(loaded, f"dataset {name}", train)
     height, width = images.shape[2:]
+    if about:
+        return Dataset(name, images, labels, (height, width), tuple(class_names) or None, about)
     size = image_size or max(height, width)
     if size < max(height, width):
         raise UserError(f"image_size {size} is smaller than the {height} x {width} images of {name}")
@@ -64,7 +109,7 @@ def load_dataset(name: str, data_dir: str | Path, train: bool = True, image_size
     check_memory(room, f"{len(images):,} images of {size} x {size}", "try a smaller --image-size")
     left, top = (size - width) // 2, (size - height) // 2
     images = F.pad(images, (left, size - width - left, top, size - height - top))
-    return Dataset(name, images, labels, (height, width))
+    return Dataset(name, images, labels, (height, width), tuple(class_names) or None)
 
 
 def normalize(images: Tensor) -> Tensor:

@@ -1,18 +1,23 @@
-"""How good are the digits? `python evaluate.py` prints a table for a checkpoint or an .npz, beside real digits.
+"""How good are the images? `python evaluate.py` prints a table for a checkpoint or an .npz, beside real images.
 
-Every figure compares a set of images with the test set, by a classifier that has seen neither (support/classifier.py):
+Every figure compares a set of images with as many test images, by a classifier that has seen neither: the judge
+(support/classifier.py). It is a good one where it reads real images right, which the table says.
 
     accuracy         share of images that it reads as the label asked for
     FD               Frechet distance between Gaussians fitted to its features (Heusel et al., 2017, eq. 6)
-    IS               Inception Score over its classes (Salimans et al., 2016): sharp and various, 1 to 10
+    IS               Inception Score over its classes (Salimans et al., 2016): sharp and various, 1 to their number
     precision        share of the images that lie among the test images; recall, the other way round
                      (Kynkaanniemi et al., 2019: among = within the distance to some image's third neighbour)
-    nearest          mean Euclidean distance to the nearest of the first 50,000 training images, pixels in [-1, 1];
-                     memorised images would be near
+    nearest          mean Euclidean distance to the nearest of the training images that the judge learned from, at most
+                     50,000, pixels in [-1, 1]; memorised images would be near
 
-The "real" column is the same for as many of the last 10,000 training digits: what a perfect model would get.
+The "real" column is the same for as many training images that the judge has not seen (of MNIST, among the last 10,000):
+what a perfect model would get. All three sets are equally large, because FD falls with the number of images. Images of
+more than 64 pixels a side are reduced to that. Without classes there is no accuracy and no IS; with fewer than 50 test
+images only the nearest distance is told.
 
-With --bits-per-dim N it prints, instead, how well a diffusion predicts N test digits: its variational bound.
+With --fid it prints, instead, the figure of papers: Frechet distance to all training images, by an Inception network.
+With --bits-per-dim N it prints, instead, how well a diffusion predicts N test images: its variational bound.
 """
 
 from support.start import start_quietly
@@ -23,81 +28,140 @@ if __name__ == "__main__":
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import ROOT, SAMPLING, Config
-from dataset import Dataset, denormalize, load_dataset, normalize
+from dataset import DATASETS, Dataset, denormalize, load_dataset, normalize
 from diffusion import Diffusion
 from dit import DiT
 from inference import describe_sampling, draw_images, network_evaluations
+from support.autoencoder import decode, load_vae
 from support.checkpoint import build_process, load_model
-from support.classifier import HELD_OUT, Classifier, judge_of
+from support.classifier import HELD_OUT, Classifier, judge_of, mixed_order, quarter_turns, split_training
 from support.command_line import Parser, run_script
 from support.errors import UserError, check_limits, flag_of, is_memory_error
 from support.files import check_path, save_json, warn
 from support.machine import choose_device
+from support.metrics import (
+    frechet_distance,
+    inception_distance,
+    inception_score,
+    kth_neighbour,
+    nearest_distance,
+    share_within,
+    update_distance,
+)
 from support.published import PUBLISHED
 from variants.learned_variance import bits_per_dim
 
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, D) and (M, D), in float64."""
-    a, b = a.double(), b.double()
-    gap, cov_a, cov_b = a.mean(0) - b.mean(0), a.T.cov(), b.T.cov()
-    # tr (C_a C_b)^(1/2) is the sum of the square roots of the eigenvalues of C_a C_b, real and not negative.
-    eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)
-    return (gap.square().sum() + cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()).item()
+LEAST = 50  # images to compare: with fewer, distances between features say nothing
 
 
-def inception_score(logits: Tensor) -> float:
-    """exp of the mean KL(p(y|x) || p(y)) of logits (N, K): 1 ... K."""
-    log_p = logits.double().log_softmax(1)
-    log_marginal = log_p.logsumexp(0) - math.log(len(log_p))
-    return (log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp().item()
+class Reference(NamedTuple):
+    """What images are measured against; without a judge, the training images alone."""
+
+    training: Tensor  # (N, C, H, W) uint8, perhaps on disk
+    learnt: Tensor  # the indices of those that count
+    judge: Classifier | None = None
+    features: Tensor | None = None  # of the test images (M, 128)
+    radii: Tensor | None = None  # of the balls around these (M,)
+    labelled: bool = True  # whether the judge reads classes, not quarter turns
 
 
-def kth_neighbour(features: Tensor, k: int = 3) -> Tensor:
-    """Distance of each of features (N, D) to its k-th nearest neighbour among the others -> (N,)."""
-    return torch.cat([torch.cdist(part, features).kthvalue(k + 1, dim=1).values for part in features.split(1000)])
-
-
-def share_within(points: Tensor, among: Tensor, radii: Tensor) -> float:
-    """The share of points (N, D) that lie within some ball around `among` (M, D) with its radius (M,)."""
-    inside = [(torch.cdist(part, among) <= radii).any(1) for part in points.split(1000)]
-    return torch.cat(inside).float().mean().item()
-
-
-def nearest_distance(images: Tensor, training: Tensor) -> float:
-    """Mean over images (N, D) of the Euclidean distance to the nearest of training (M, D)."""
-    half_norms = training.square().sum(1) / 2
-    # |x - t|^2 = |x|^2 - 2 (x t - |t|^2 / 2): one matrix product, twice as fast as torch.cdist here.
-    closest = [torch.addmm(half_norms, part, training.T, beta=-1).amax(1) for part in images.split(500)]
-    return (images.square().sum(1) - 2 * torch.cat(closest)).clamp(min=0).sqrt().mean().item()
-
-
-def measure(images: Tensor, labels: Tensor | None, judge: Classifier, reference: dict[str, Tensor]) -> dict[str, float]:
+def measure(images: Tensor, labels: Tensor | None, reference: Reference) -> dict[str, float]:
     """The table's figures for uint8 images (N, C, H, W) and the labels (N,) asked for; no accuracy without labels."""
-    x = normalize(images)
-    features, logits = judge.read(x)
-    test_features = reference["features"]
-    accuracy = {} if labels is None else {"accuracy": (logits.argmax(1) == labels).float().mean().item()}
-    return accuracy | {
-        "FD": frechet_distance(features, test_features),
-        "IS": inception_score(logits),
-        "precision": share_within(features, test_features, reference["radii"]),
-        "recall": share_within(test_features, features, kth_neighbour(features)),
-        "nearest": nearest_distance(x.flatten(1), reference["training"]),
+    nearest = {"nearest": nearest_distance(images, reference.training, reference.learnt)}
+    if reference.judge is None:
+        return nearest
+    features, logits = reference.judge.read(images)
+    figures = {"FD": frechet_distance(features, reference.features)}
+    if reference.labelled:
+        accuracy = {} if labels is None else {"accuracy": (logits.argmax(1) == labels).float().mean().item()}
+        figures = accuracy | figures | {"IS": inception_score(logits)}
+    return figures | {
+        "precision": share_within(features, reference.features, reference.radii),
+        "recall": share_within(reference.features, features, kth_neighbour(features)),
+        **nearest,
     }
 
 
-def timed_draw(model: DiT, config: Config, y: Tensor, seed: int) -> tuple[Tensor, float]:
-    """Images (N, C, H, W) uint8 for the labels y (N,), and how many were drawn a second."""
+class Scale(NamedTuple):
+    """A way to measure: a function of images (N, C, H, W) uint8 and labels (N,), its figures of real images, words."""
+
+    measure: Callable[[Tensor, Tensor | None], dict[str, float]]
+    real: dict[str, float]
+    compared: str
+
+
+def most_compared(train: Dataset, test: Dataset) -> int:
+    """As many images as can be compared with unseen real ones of both kinds, held out and test images."""
+    return min(len(split_training(train.labels)[1]), len(test.labels), HELD_OUT)
+
+
+def scale_by_pixels(train: Dataset, test: Dataset) -> Scale:
+    """The nearest distance alone, where there are too few images for a judge."""
+    learnt, held_out = split_training(train.labels)
+    reference = Reference(crop(train.images, train.size), learnt)
+    there = f"{len(train.labels)} training and {len(test.labels)} test images"
+    return Scale(
+        lambda images, labels: measure(images, labels, reference),
+        measure(reference.training[held_out], None, reference),
+        f"{train.name} has {there}: too few for a judge, and so for accuracy, FD, IS, precision and recall.\n"
+        f"Told is how near they are to {len(learnt)} training images; the real ones are {len(held_out)} others",
+    )
+
+
+def scale_by_judge(train: Dataset, test: Dataset, count: int, data_dir: Path) -> Scale:
+    """The table's figures by the dataset's own judge, for `count` images."""
+    learnt, held_out = split_training(train.labels)
+    training, labels, unseen = crop(train.images, train.size), train.labels, held_out[:count]
+    judge = judge_of(train.name, data_dir, training, labels)
+    features, _ = judge.read(crop(test.images, test.size)[mixed_order(test.labels)[:count]])
+    labelled = train.num_classes > 1
+    reference = Reference(training, learnt, judge, features, kth_neighbour(features), labelled)
+    real = measure(training[unseen], labels[unseen], reference)
+    if labelled:
+        told = f"reads {real['accuracy']:.1%} of {count} real images right"
+        right, doubtful, missing = real["accuracy"], "accuracy means", ""
+    else:
+        turned, turns = quarter_turns(training[unseen], torch.Generator().manual_seed(0))
+        right = (judge.read(turned)[1].argmax(1) == turns).float().mean().item()
+        told = f"tells of {right:.1%} of {count} real images by how many quarters they were turned"
+        doubtful, missing = "its features mean", "\nThere is one class, and so no accuracy and no IS"
+    if right < 0.8:
+        warn(f"the judge {told}: with less than 80% {doubtful} little")
+    compared = f"compared with {count} test images, by a judge that {told}{missing}"
+    return Scale(lambda images, labels: measure(images, labels, reference), real, compared)
+
+
+def scale_by_inception(train: Dataset, test: Dataset, count: int, weights: str | None, device: torch.device) -> Scale:
+    """FID between all training images and others; for the real column `count` test images, or all of them."""
+    fid = inception_distance(weights, device if device.type == "cuda" else torch.device("cpu"))  # mps lacks float64
+    if count < fid.real_features_sum.numel():
+        warn(f"FID of {count} images is larger than that of more; compare it with figures of as many images alone")
+    update_distance(fid, crop(train.images, train.size), True, "training images")
+
+    def measure_fid(images: Tensor, labels: Tensor | None = None) -> dict[str, float]:
+        fid.reset()  # of the training images it keeps what it saw
+        update_distance(fid, images, False, "images")
+        return {"FID": fid.compute().item()}
+
+    real = crop(test.images, test.size)[mixed_order(test.labels)[:count]]
+    numbers = f"compared with all {len(train.labels)} training images; the real ones are {len(real)} test images"
+    return Scale(measure_fid, measure_fid(real), numbers)
+
+
+def timed_draw(model: DiT, config: Config, y: Tensor, seed: int, vae: nn.Module | None = None) -> tuple[Tensor, float]:
+    """Images (N, C, H, W) uint8 for the labels y (N,), decoded by a VAE if there is one, and how many a second."""
     start = time.perf_counter()
-    images = denormalize(draw_images(model, config, y, torch.Generator(y.device).manual_seed(seed))).cpu()
+    drawn = draw_images(model, config, y, torch.Generator(y.device).manual_seed(seed))
+    images = torch.cat([denormalize(decode(vae, part)).cpu() for part in drawn.split(100)])
     return images, len(y) / (time.perf_counter() - start)
 
 
@@ -129,7 +193,11 @@ def read_npz(path: str) -> tuple[Tensor, Tensor | None]:
 
 
 def load_both(name: str, data_dir: Path, image_size: int | None = None) -> tuple[Dataset, Dataset]:
-    """The training and the test part of a dataset; UserError where the second is not of the first's kind."""
+    """The training and the test part of a dataset; UserError where the second is not of the first's kind.
+
+    Args:
+        image_size: to pad images to, or to bring them to where they are image files.
+    """
     train = load_dataset(name, data_dir, image_size=image_size)
     test = load_dataset(train.name, data_dir, train=False, image_size=image_size)
     kinds = [f"{len(part.images[0])} channels of {part.size[0]} x {part.size[1]}" for part in (train, test)]
@@ -137,6 +205,11 @@ def load_both(name: str, data_dir: Path, image_size: int | None = None) -> tuple
         labels = [f"labels up to {part.labels.max()}" for part in (train, test)]
         raise UserError(f"dataset {name}: to train {kinds[0]}, {labels[0]}; to test {kinds[1]}, {labels[1]}")
     return train, test
+
+
+def load_comparable(name: str, data_dir: Path, shape: tuple[int, int, int]) -> tuple[Dataset, Dataset]:
+    """load_both for images (C, H, W): image files are brought to their size, arrays have one of their own."""
+    return load_both(name, data_dir, None if name in DATASETS else max(shape[1:]))
 
 
 def crop(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -156,12 +229,44 @@ def check_fit(shape: tuple[int, int, int], labels: Tensor | None, data: Dataset)
         raise UserError(f"labels {labels.min()} to {labels.max()} are not all of {data.name}'s, 0 to {classes - 1}")
 
 
-def check_model(model: DiT, data: Dataset, path: str) -> None:
-    """Refuse a model of other images or other classes than data's."""
-    check_fit((model.in_channels, model.image_size, model.image_size), None, data)
+def check_model(model: DiT, shape: tuple[int, int, int], data: Dataset, path: str) -> None:
+    """Refuse a model that draws other images than data's, of a shape (C, H, W), or other classes."""
+    check_fit(shape, None, data)
     if model.num_classes != data.num_classes:
         found = f"{path} draws {model.num_classes} classes"
         raise UserError(f"{found}, not {data.name}'s {data.num_classes}; name its --dataset")
+
+
+def shape_drawn(model: DiT, vae: nn.Module | None, device: torch.device) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a model draws, through its VAE if it has one."""
+    return tuple(
+        decode(vae, torch.zeros(1, model.in_channels, model.image_size, model.image_size, device=device))[0].shape
+    )
+
+
+def comparable(images: Tensor, data: Dataset) -> Tensor:
+    """Drawn images (N, C, H, W) uint8 as data's are: without margin, and grey where a VAE made colours of grey."""
+    images = crop(images, data.size)
+    if images.shape[1] == 3 and data.images.shape[1] == 1:
+        return images.float().mean(1, keepdim=True).round().to(torch.uint8)
+    return images
+
+
+def check_number(count: int | None, train: Dataset, test: Dataset, fid: bool) -> int:
+    """How many images to measure, where none are asked for or given as many as can be compared; UserError for others.
+
+    Where so few are there that nothing but the nearest distance is told, any number will do.
+    """
+    if len(train.labels) < 2:
+        raise UserError(f"{train.name} has one training image; there is nothing to compare")
+    most = len(test.labels) if fid else most_compared(train, test)
+    few = most < LEAST and not fid
+    count = count or (LEAST if few else min(most, HELD_OUT))
+    check_limits("the number of images", count, least=1 if few else LEAST, most=10**7 if fid else HELD_OUT)
+    if count > most and not few and not fid:
+        there = f"{train.name} has {len(test.labels)} test images and {len(split_training(train.labels)[1])} held out"
+        raise UserError(f"{count} images: {there} to compare them with; give at most {most}")
+    return count
 
 
 def refuse_others(given: dict, flag: str) -> None:
@@ -181,8 +286,10 @@ def report_bits(given: dict, data_dir: Path) -> dict:
     process = build_process(config)
     if not isinstance(process, Diffusion):
         raise UserError(f"--bits-per-dim is a bound of diffusions; {checkpoint} is a model of {config.process}")
+    if config.latents:
+        raise UserError(f"--bits-per-dim is a bound for pixels; {checkpoint} is a model of latents")
     train, test = load_both(name, data_dir, model.image_size)
-    check_model(model, train, checkpoint)
+    check_model(model, (model.in_channels, model.image_size, model.image_size), train, checkpoint)
     check_limits("bits_per_dim", count, most=len(test.labels))  # as many as there are test images
     generator = torch.Generator(device).manual_seed(seed)
     bits = []
@@ -198,15 +305,16 @@ def report_bits(given: dict, data_dir: Path) -> dict:
 
 
 def print_table(report: dict) -> None:
-    """The figures of all seeds beside those of real digits."""
-    print(f"\n{report['images']} images of {report['dataset']}, {report['settings']}\n")
+    """The figures of all seeds beside those of real images."""
+    print(f"\n{report['images']} images of {report['dataset']}, {report['settings']}\n{report['compared']}\n")
     print(f"{'':12}{'generated':>12}{'+-':>10}{'real':>12}")
     for name, real in report["real"].items():
         values = [figures[name] for figures in report["generated"] if name in figures]
         mean = f"{statistics.mean(values):.4f}" if values else "?"
         spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
         print(f"{name:12}{mean:>12}{spread:>10}{real:12.4f}")
-    print(f"{'FD ratio':12}{report['FD ratio']:12.2f}")
+    if "FD ratio" in report:
+        print(f"{'FD ratio':12}{report['FD ratio']:12.2f}")
 
 
 def write_json(report: dict, path: str | None) -> None:
@@ -216,24 +324,26 @@ def write_json(report: dict, path: str | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("Measure a model's digits, or an .npz of them, beside real ones.")
+    parser = Parser("Measure a model's images, or an .npz of them, beside real ones.")
     basics = parser.group("basics")
     basics.add_argument("--checkpoint", metavar="FILE", help="weights (default: the repository's model.pth)")
     basics.add_argument("--npz", metavar="FILE", help="measure these images instead of drawing some")
     parser.add_number(
         "--num-samples",
-        "images to draw, and real ones beside them (default: 10000)",
+        f"images to draw, and real ones beside them (default: as many as there are, at most {HELD_OUT})",
         "basics",
-        least=100,
-        most=HELD_OUT,
+        least=LEAST,
     )
     parser.add_number("--seeds", "draw so many times, from so many seeds (default: 1)", "basics", most=1000)
     parser.add_number("--bits-per-dim", "instead, the variational bound for so many test images", "basics", least=2)
+    basics.add_argument("--fid", action="store_true", help="instead, the figure of papers, by an Inception network")
+    basics.add_argument("--inception", metavar="FILE", help="its weights (default: downloaded)")
     basics.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_fields("dataset", default="the checkpoint's, or mnist for an .npz")
     parser.add_fields("data_dir")
     parser.add_fields(*SAMPLING, "seed", default="the checkpoint's", title="sampling")
     parser.add_fields("device", title="machine")
+    parser.group("network").add_argument("--vae", metavar="DIR", help="folder of the autoencoder of a model of latents")
     parser.group("network").add_argument("--published", choices=PUBLISHED, help="whose weights, if a file cannot tell")
     given = vars(parser.parse_args(argv))
     json_path, data_dir = given.pop("json", None), Config(data_dir=given.pop("data_dir", None)).data_folder
@@ -242,55 +352,61 @@ def main(argv: list[str] | None = None) -> None:
     if "bits_per_dim" in given:
         write_json(report_bits(given, data_dir), json_path)
         return
-    npz = given.pop("npz", None)
+    fid, inception, npz = (given.pop(name, None) for name in ("fid", "inception", "npz"))
+    if inception and not fid:
+        raise UserError(f"--inception {inception} would change nothing without --fid; leave it out, or add that")
+    device = choose_device(given.pop("device", "auto") if fid or not npz else "cpu")
     if npz:
         name = given.pop("dataset", "mnist")
         refuse_others(given, "the images of --npz")
         images, labels = read_npz(npz)
-        num_samples = len(images)
-        if labels is None:
+        shape, num_samples = tuple(images.shape[1:]), len(images)
+        if labels is None and not fid:
             warn(f"{npz} has no labels (arr_1), so that the accuracy cannot be told")
     else:
-        checkpoint, num_samples = given.pop("checkpoint", ROOT / "model.pth"), given.pop("num_samples", HELD_OUT)
-        seeds, device = given.pop("seeds", 1), choose_device(given.pop("device", "auto"))
+        num_samples, checkpoint = given.pop("num_samples", None), given.pop("checkpoint", ROOT / "model.pth")
+        if num_samples and not fid:
+            check_limits("num_samples", num_samples, most=HELD_OUT)  # there are no more unseen real images
+        seeds, folder = given.pop("seeds", 1), given.pop("vae", None)
         model, config = load_model(checkpoint, device, given.pop("published", None))
+        vae = load_vae(folder or config.vae, config, device)
         config = config.replace(**given)
-        name = config.dataset
+        name, shape = config.dataset, shape_drawn(model, vae, device)
         check_limits("seed + seeds", config.seed + seeds, most=2**32)  # as Config limits a seed
-    what = f"the number of images in {npz}" if npz else "num_samples"
-    check_limits(what, num_samples, least=100, most=HELD_OUT)  # as many as there are unseen real images
 
-    train, test = load_both(name, data_dir)
+    train, test = load_comparable(name, data_dir, shape)
     if npz:
-        check_fit(tuple(images.shape[1:]), labels, train)
+        check_fit(shape, labels, train)
     else:
-        check_model(model, train, checkpoint)
-    if len(test.labels) < num_samples:
-        raise UserError(f"{num_samples} samples: {train.name} has {len(test.labels)} test images; give at most as many")
-    train_images = crop(train.images, train.size)
-    judge = judge_of(train.name, data_dir, train_images, train.labels)
-    features, _ = judge.read(normalize(crop(test.images, train.size)))
-    training = normalize(train_images[:-HELD_OUT]).flatten(1)
-    reference = {"features": features, "radii": kth_neighbour(features), "training": training}
-    unseen = slice(-HELD_OUT, num_samples - HELD_OUT or None)
-    real = measure(train_images[unseen], train.labels[unseen], judge, reference)
+        grey = vae is not None and train.images.shape[1] == 1  # what a VAE draws has always three channels
+        check_model(model, (1, *shape[1:]) if grey else shape, train, checkpoint)
+    num_samples = check_number(num_samples, train, test, fid)
+    if fid:
+        scale, asked = scale_by_inception(train, test, num_samples, inception, device), train.labels
+    elif most_compared(train, test) < LEAST:
+        scale, asked = scale_by_pixels(train, test), test.labels
+    else:
+        scale, asked = scale_by_judge(train, test, num_samples, data_dir), test.labels
 
-    report = {"images": num_samples, "dataset": train.name, "real": real, "generated": []}
+    report = {"images": num_samples, "dataset": train.name, "compared": scale.compared, "real": scale.real}
     if npz:
         report["settings"] = f"from {npz}"
-        report["generated"].append(measure(crop(images, train.size), labels, judge, reference))
+        report["generated"] = [scale.measure(crop(images, train.size), labels)]
     else:
-        y, speeds = test.labels[:num_samples], []  # in the test set's proportions
+        y, speeds = asked[mixed_order(asked)].repeat(math.ceil(num_samples / len(asked)))[:num_samples], []
+        report["generated"] = []
         for seed in range(config.seed, config.seed + seeds):
-            images, speed = timed_draw(model, config, y.to(device), seed)
+            images, speed = timed_draw(model, config, y.to(device), seed, vae)
             speeds.append(speed)
-            report["generated"].append(measure(crop(images, train.size), y, judge, reference))
+            report["generated"].append(scale.measure(comparable(images, train), y))
         report |= {name: getattr(config, name) for name in SAMPLING}
         report |= {"evaluations": network_evaluations(config), "images_per_second": statistics.mean(speeds)}
         speed = f"{report['images_per_second']:.0f} images/s on {device}"
         report["settings"] = f"{describe_sampling(config)} an image, {speed}, {seeds} seed(s)"
-    # At least the FD's own rounding: real images that are the same few over and over are at no distance.
-    report["FD ratio"] = statistics.mean(figures["FD"] for figures in report["generated"]) / max(real["FD"], 1e-6)
+    if "FD" in scale.real:
+        # At least the FD's own rounding: real images that are the same few over and over are at no distance.
+        mean = statistics.mean(figures["FD"] for figures in report["generated"])
+        report["FD ratio"] = mean / max(scale.real["FD"], 1e-6)
     print_table(report)
     write_json(report, json_path)
 

@@ -22,12 +22,12 @@ from config import ROOT, SAMPLING, Config
 from dataset import denormalize
 from dit import DiT
 from support.autoencoder import decode, load_vae
-from support.checkpoint import build_process, load_model
+from support.checkpoint import build_process, class_names_of, load_model
 from support.command_line import Parser, Progress, counted, parse_labels, run_script, shown
 from support.errors import UserError
 from support.files import check_path, writing
 from support.machine import check_memory, choose_device
-from support.pictures import frames_shown, save_gif, save_png, save_strip
+from support.pictures import frames_shown, save_gif, save_png, save_png_dir, save_strip
 from support.published import PUBLISHED
 
 BATCH_SIZE, MOST_TOKENS = 500, 50_000  # of what is drawn at a time; part of what a seed means
@@ -97,24 +97,26 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("Turn noise into images with a trained DiT.")
     basics = parser.group("basics")
     basics.add_argument("--checkpoint", metavar="FILE", help="weights (default: the repository's model.pth)")
-    basics.add_argument("--labels", metavar="LABELS", help="0123, or numbers with commas: 207,360 (default: all)")
+    basics.add_argument("--labels", metavar="LABELS", help="0123, or with commas 207,360 or cat,dog (default: all)")
     basics.add_argument("--output", metavar="FILE", help="the picture (default: the repository's inference.png)")
     basics.add_argument("--gif", metavar="FILE", help="an animation of the way from noise to image")
     parser.add_number("--num-samples", "a grid of so many, the labels in turn, not the way there", "basics", most=10**8)
     basics.add_argument("--npz", metavar="FILE", help="the --num-samples as arrays: arr_0 images, arr_1 labels")
+    basics.add_argument("--png-dir", metavar="DIR", help="the --num-samples as files, in a new folder")
     parser.add_fields("seed", default="the checkpoint's")
     parser.add_fields(*SAMPLING, default="the checkpoint's")
     parser.add_fields("device", title="machine")
     parser.group("network").add_argument("--vae", metavar="DIR", help="folder of the autoencoder of a model of latents")
     parser.group("network").add_argument("--published", choices=PUBLISHED, help="whose weights, if a file cannot tell")
     given = vars(parser.parse_args(argv))
-    output, gif, npz, text, folder = (given.pop(name, None) for name in ("output", "gif", "npz", "labels", "vae"))
-    num_samples = given.pop("num_samples", None)
-    if npz and num_samples is None:
-        raise UserError("--npz needs --num-samples, how many to draw")
+    output, gif, npz, png_dir = (given.pop(name, None) for name in ("output", "gif", "npz", "png_dir"))
+    text, folder, num_samples = (given.pop(name, None) for name in ("labels", "vae", "num_samples"))
+    for flag, path in (("--npz", npz), ("--png-dir", png_dir)):
+        if path and num_samples is None:
+            raise UserError(f"{flag} needs --num-samples, how many to draw")
     if gif and num_samples is not None:
         raise UserError("--gif shows one image for each of --labels; leave out --num-samples")
-    if not gif and not npz:
+    if not (gif or npz or png_dir):
         output = output or str(ROOT / "inference.png")
     for flag, path, suffix in (("--output", output, ".png"), ("--gif", gif, ".gif"), ("--npz", npz, ".npz")):
         if path:
@@ -124,7 +126,8 @@ def main(argv: list[str] | None = None) -> None:
     model, config = load_model(given.pop("checkpoint", ROOT / "model.pth"), device, given.pop("published", None))
     vae = load_vae(folder, config, device)
     config = config.replace(**given)
-    labels = list(range(config.num_classes)) if text is None else parse_labels(text, config.num_classes)
+    names = class_names_of(config)
+    labels = list(range(len(names))) if text is None else parse_labels(text, len(names), config.class_names)
     if num_samples is None and text is None:
         labels = labels[:10]
     if num_samples is None and len(labels) > 100:
@@ -147,14 +150,17 @@ def main(argv: list[str] | None = None) -> None:
     if npz:
         with writing(npz) as file:
             np.savez(file, denormalize(images).permute(0, 2, 3, 1).cpu().numpy(), y.cpu().numpy())
+    if png_dir:
+        save_png_dir(images, png_dir)
     if gif:
         save_gif([frames[i] for i in film], gif)
+    shown_as = [names[label] for label in y.tolist()]
     if output and num_samples:
-        save_png(images, output, columns=round(num_samples**0.5))
+        save_png(images, output, columns=round(num_samples**0.5), labels=config.class_names and shown_as)
     elif output:
-        save_strip({i: frames[i] for i in columns}, labels, output)
+        save_strip({i: frames[i] for i in columns}, shown_as, output)
     print(f"{count} images by {describe_sampling(config)} an image, {seconds:.1f} s on {device}")
-    print("written: " + ", ".join(shown(path) for path in (output, gif, npz) if path))
+    print("written: " + ", ".join(shown(path) for path in (output, gif, npz, png_dir) if path))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, preset
-from dataset import load_dataset, normalize
+from dataset import Dataset
 from diffusion import Diffusion
 from inference import denoise
-from support.checkpoint import build_model, build_process, check_size
+from support.autoencoder import decode
+from support.checkpoint import build_model, build_process, check_size, start_from
 from support.command_line import Parser, command, run_script
 from support.files import locked
-from support.machine import choose_compile, choose_device, choose_precision, compile_network, deferred_signals
+from support.machine import Ahead, choose_device, compile_network, deferred_signals
 from support.pictures import save_loss_plot, save_png
+from support.prepare import new_settings, prepare
 from support.run_log import RunLog, print_summary
 from support.run_state import diverged, refuse_trained, restore_run, resumed, save_run
 
@@ -76,27 +77,31 @@ def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optim
 
 
 def draw_batch(
-    images: Tensor, labels: Tensor, process: Diffusion, config: Config, generator: torch.Generator
-) -> Iterator[tuple[Tensor, ...]]:
-    """A random batch in accumulation_steps parts: x0 (B, C, H, W) in [-1, 1], y (B,), t (B,), noise (B, C, H, W).
+    data: Dataset, process: Diffusion, config: Config, step: int, device: torch.device | str = "cpu"
+) -> list[tuple[Tensor, ...]]:
+    """A step's batch in accumulation_steps parts: x0 (B, C, H, W) in [-1, 1], y (B,), t (B,), noise (B, C, H, W).
 
-    Some of the labels are dropped, for guidance: the null class stands in their place.
+    All of it follows from (seed, step). Some of the labels are dropped, for guidance: the null class stands in their
+    place. With flip, half of the images are mirrored.
     """
+    generator = torch.Generator(device).manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # seeds start far apart
     shape = (config.batch_size,)
-    index = torch.randint(len(images), shape, device=images.device, generator=generator)
-    dropped = torch.rand(shape, device=images.device, generator=generator) < config.label_dropout
-    x0, y = normalize(images[index]), labels[index].masked_fill(dropped, config.num_classes)
-    batch = (x0, y, *process.draw_noise(x0, generator))
-    yield from zip(*(tensor.chunk(config.accumulation_steps) for tensor in batch))
+    index = torch.randint(len(data.labels), shape, device=device, generator=generator)
+    dropped = torch.rand(shape, device=device, generator=generator) < config.label_dropout
+    mirrored = torch.rand(shape, device=device, generator=generator) < 0.5 if config.flip else None
+    x0, y = data.draw(index, mirrored, generator)
+    batch = (x0, y.masked_fill(dropped, config.num_classes), *process.draw_noise(x0, generator))
+    return list(zip(*(tensor.chunk(config.accumulation_steps) for tensor in batch)))
 
 
-def save_samples(path: Path, ema: nn.Module, config: Config, device: torch.device) -> None:
+def save_samples(path: Path, ema: nn.Module, config: Config, vae: nn.Module | None, device: torch.device) -> None:
     """A grid of samples, a row for each label, the same noise every time, so that only learning changes it."""
     y = torch.arange(min(config.num_classes, 10), device=device).repeat_interleave(8)
     config = config.replace(sample_steps=min(config.sample_steps, 50))  # a preview
     for x in denoise(ema, config, y, torch.Generator(device).manual_seed(config.seed)):
         pass
-    save_png(x, path, columns=8)
+    labels = [config.class_names[label] for label in y] if config.class_names else None
+    save_png(decode(vae, x), path, columns=8, labels=labels)
 
 
 def train(config: Config, state: dict[str, Any] | None = None) -> Path:
@@ -105,33 +110,27 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     if not state:
         refuse_trained(out_dir)
     device = choose_device(config.device)
-    data = load_dataset(config.dataset, config.data_folder, image_size=config.image_size)
-    config = config.replace(
-        dataset=data.name,
-        image_size=data.images.shape[-1],
-        in_channels=data.images.shape[1],
-        num_classes=data.num_classes,
-        precision=choose_precision(config.precision, device),
-        compile=choose_compile(config.compile, config.train_steps),
-        # Of one class, there is no other to be told from.
-        **(dict(cfg_scale=1.0, label_dropout=0.0) if data.num_classes == 1 else {}),
-    )
+    config, data, vae = prepare(config, device)
     check_size(config, device)
-    images, labels = data.images.to(device), data.labels.to(device)
 
     # Sums in a fixed order: compiled code would add up the label embedding's gradient as the threads come.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a slow safeguard of no use here
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)
+    if config.init_from and not state:
+        start_from(config.init_from, model, config)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    process, optimizers, generator = build_process(config), build_optimizers(model, config), torch.Generator(device)
+    process, optimizers = build_process(config), build_optimizers(model, config)
     step, *counters = restore_run(state, out_dir, model, ema, optimizers) if state else (0, [], 0.0, 0, 0.0)
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")  # not of the loss
 
+    def batch_of(step: int) -> list[tuple[Tensor, ...]]:
+        return draw_batch(data, process, config, step, device)
+
     def try_step(network: nn.Module) -> Tensor:
-        x0, y, *drawn = next(draw_batch(images, labels, process, config, generator))
+        x0, y, *drawn = batch_of(step)[0]
         return process.loss(autocast(network), x0, y, drawn=drawn)
 
     def save_checkpoint() -> None:
@@ -148,17 +147,18 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         print_summary(config, model, data, device, step)
         compiling = config.compile == "on" and step < config.train_steps
         network = autocast(compile_network(model, try_step) if compiling else model)
+        if data.about or data.images.device != device:  # it may come from a disk, or has to go to a GPU
+            batch_of = stack.enter_context(closing(Ahead(batch_of, config.train_steps)))
         signals = stack.enter_context(deferred_signals())  # from here on Ctrl-C saves; while compiling it acts at once
         while step < config.train_steps and not signals:
             start = time.perf_counter()
-            generator.manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # runs of other seeds start far away
             learning_rate = learning_rate_at(step, config)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
 
             loss = torch.zeros((), device=device)
-            for x0, y, *drawn in draw_batch(images, labels, process, config, generator):  # the batch, or parts of it
+            for x0, y, *drawn in batch_of(step):  # the batch, or parts of it
                 part_loss = process.loss(network, x0, y, drawn=drawn) / config.accumulation_steps
                 part_loss.backward()
                 loss += part_loss.detach()
@@ -175,15 +175,15 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
             if step % config.checkpoint_every == 0 and step < config.train_steps:
                 save_checkpoint()
             if step % config.sample_every == 0 and step < config.train_steps:
-                save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, device)
+                save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, vae, device)
         save_checkpoint()
 
     save_loss_plot(out_dir / "loss.png", log.rows)
     if step < config.train_steps:
         print(f"stopped at step {step:,}; to go on: {command('train.py', '--resume', '--out-dir', out_dir)}")
         sys.exit(128 + signals[0])
-    save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, device)
-    print(f"done; to see digits: {command('inference.py', '--checkpoint', out_dir / 'model.pth')}")
+    save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, vae, device)
+    print(f"done; to see images: {command('inference.py', '--checkpoint', out_dir / 'model.pth')}")
     return out_dir
 
 
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     if given.pop("resume", False):
         train(*resumed(given))
     else:
-        train(preset(given.pop("preset", "digits"), **given))
+        train(preset(**new_settings(given)))
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ import torch
 from matplotlib.figure import Figure
 
 from config import ROOT, SAMPLERS, SAMPLING, Config
-from dataset import denormalize, load_dataset, normalize
+from dataset import denormalize, load_dataset
 from dit import DiT
-from evaluate import frechet_distance
 from inference import draw_images, network_evaluations
 from support.checkpoint import load_model
-from support.classifier import HELD_OUT, judge_of
+from support.classifier import judge_of, split_training
 from support.command_line import run_script
 from support.files import writing
+from support.metrics import frechet_distance
 
 CSV = Path(__file__).with_suffix(".csv")
 NUM_SAMPLES = 1000
@@ -51,14 +51,14 @@ def scorer(dataset: str, num_samples: int) -> Callable[[DiT, Config], tuple[floa
     """A function of a model and its config: the accuracy and FD ratio of num_samples images drawn with it."""
     train, test = (load_dataset(dataset, Config().data_folder, train=part) for part in (True, False))
     judge = judge_of(train.name, Config().data_folder, train.images, train.labels)
-    of_test, _ = judge.read(normalize(test.images))
-    of_real, _ = judge.read(normalize(train.images[-HELD_OUT:][:num_samples]))
+    of_test, _ = judge.read(test.images)
+    of_real, _ = judge.read(train.images[split_training(train.labels)[1][:num_samples]])
     real = frechet_distance(of_real, of_test)
     y = test.labels[:num_samples]
 
     def score(model: DiT, config: Config) -> tuple[float, float]:
         images = denormalize(draw_images(model, config, y, torch.Generator().manual_seed(0)))
-        features, logits = judge.read(normalize(images))
+        features, logits = judge.read(images)
         accuracy = (logits.argmax(1) == y).float().mean().item()
         return round(accuracy, 4), round(frechet_distance(features, of_test) / real, 4)
 

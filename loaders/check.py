@@ -8,11 +8,12 @@ from torch import Tensor
 from support.errors import UserError
 
 
-def check_loaded(loaded: Any, name: str, train: bool) -> tuple[Tensor, Tensor]:
-    """A loader's images and labels, the labels as int64; None for labels makes all of them 0: one class.
+def check_loaded(loaded: Any, name: str, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    """A loader's images, labels as int64 and class names; None for labels makes all of them 0: one class.
 
     Images are (N, C, H, W) uint8, not empty; labels are (N,) whole numbers from 0 on. How many classes there are is the
-    training labels' to say, so that those leave no number out.
+    training labels' to say, so that those leave no number out. Class names need not be given, which is no names: [];
+    or there is a different one for each class.
 
     Args:
         name: what the loader is of, for the error.
@@ -25,15 +26,16 @@ def check_loaded(loaded: Any, name: str, train: bool) -> tuple[Tensor, Tensor]:
         if not kept:
             raise UserError(f"{name}, {'training' if train else 'test'} part: {wanted}; found {found}")
 
-    promise(isinstance(loaded, tuple | list) and len(loaded) == 2, "give a pair, images and labels", kind(loaded))
-    images, labels = loaded
+    given = isinstance(loaded, tuple | list) and len(loaded) in (2, 3)
+    promise(given, "give a pair, images and labels, or those and class names", kind(loaded))
+    images, labels, *names = loaded
     of_bytes = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4 and images.numel() > 0
     promise(of_bytes, "images must be a tensor (N, C, H, W) uint8, and not empty", kind(images))
     C, H, W = images.shape[1:]
     swapped = H != W and (C == H > W or C > 4 >= W)  # "squares" of C x H, or at most four columns
     promise(not swapped, "images seem to be (N, H, W, C); give images.permute(0, 3, 1, 2)", kind(images))
     if labels is None:
-        return images, torch.zeros(len(images), dtype=torch.int64)
+        labels = torch.zeros(len(images), dtype=torch.int64)
     whole = isinstance(labels, Tensor) and torch.can_cast(labels.dtype, torch.int64)
     shape = (len(images),)
     promise(whole and labels.shape == shape, f"labels must be a tensor {shape} of whole numbers, or None", kind(labels))
@@ -41,7 +43,14 @@ def check_loaded(loaded: Any, name: str, train: bool) -> tuple[Tensor, Tensor]:
     there = labels.unique().tolist()
     span = f"{len(there)} different ones from {there[0]} to {there[-1]}"
     promise(there[0] >= 0 and (not train or there[-1] < len(there)), "labels must be 0, 1, 2, ... without a gap", span)
-    return images, labels
+    if not names or names == [[]]:
+        return images, labels, []
+    (names,) = names
+    words = isinstance(names, tuple | list) and all(isinstance(name, str) and name.strip() for name in names)
+    promise(words and len(set(names)) == len(names), "class names must be a list of different words", kind(names))
+    enough = len(names) == there[-1] + 1 if train else len(names) > there[-1]
+    promise(enough, f"there must be a class name for each label, 0 to {there[-1]}", f"{len(names)} of them")
+    return images, labels, list(names)
 
 
 def kind(value: Any) -> str:

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from config import Config
-from dataset import load_dataset, normalize
+from dataset import Dataset, load_dataset, normalize
+from loaders.latents import pack_latents
+from loaders.sources import packed_folder
 from support.command_line import Parser, Progress, run_script, shown
 from support.errors import UserError, believing, optional
 from support.machine import choose_device
@@ -161,6 +163,26 @@ def decode(vae: nn.Module | None, latents: Tensor) -> Tensor:
     scale, shift = scale_and_shift(vae)
     together = max(1, AT_A_TIME // (latents[0, 0].numel() * downsampling(vae) ** 2))
     return torch.cat([vae.decode(part / scale + shift).sample for part in latents.split(together)])
+
+
+def encode_dataset(data: Dataset, vae: nn.Module, data_dir: Path, flip: bool) -> Dataset:
+    """A dataset as latents, which are encoded once and packed in data_dir; with `flip` the mirrored ones too."""
+    device, about = next(vae.parameters()).device, about_vae(vae)
+    folder = packed_folder(data_dir, data.name) / f"latents-{about['vae'][:8]}-{data.size[0]}{'-flip' if flip else ''}"
+    key = data.about["key"] if data.about else hashlib.sha256(data.images.numpy()).hexdigest()
+    key += hashlib.sha256(data.labels.numpy()).hexdigest()
+    pack = pack_latents(
+        data.name,
+        data.images,
+        data.labels,
+        lambda images: encode(vae, normalize(images).to(device)),
+        folder,
+        key,
+        flip,
+        about | {"class_names": list(data.class_names or ())},
+    )
+    latents = {name: about[name] for name in ("scale", "shift", "deviation")}
+    return data._replace(images=pack.images, size=tuple(pack.images.shape[2:]), about=pack.about, latents=latents)
 
 
 def build_vae(image_size: int, latent_channels: int, downsample: int) -> nn.Module:

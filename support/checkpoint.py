@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import Config
+from config import OPTIONS, SAMPLING, Config
 from diffusion import Diffusion
 from dit import DiT
 from dit_block import DiTBlock
@@ -40,6 +40,8 @@ BEFORE = dict(block="adaLN-Zero", learn_sigma=False, clip_x0=True, time_sampling
 BEFORE |= dict(optimizer="adamw", cfg_low=0.0, cfg_high=1.0, accumulation_steps=1, activation_checkpointing=False)
 BEFORE |= dict(flip=False, skip_damaged=False, vae=None, init_from=None, class_names=None, latents=False)
 OF_THE_MACHINE = ("data_dir", "out_dir", "device")
+NETWORK = "image_size in_channels patch_size hidden_size depth num_heads block".split()
+PROCESS = ("process", "prediction", "time_sampling", "time_mean", *SAMPLING[:-1])  # eta is among OPTIONS
 
 
 def model_config(config: Config) -> dict[str, Any]:
@@ -167,3 +169,48 @@ def load_model(
             model.set_submodule(name, part)
         model.to_empty(device=device).load_state_dict(state)
     return model.eval(), config
+
+
+def settings_of(path: str | Path) -> dict[str, Any]:
+    """The fields of Config that weights to start from decide: their network, its process and how to sample from it."""
+    config = load_model(path)[1]
+    names = [*NETWORK, *PROCESS, *OPTIONS[config.process]]
+    # Latents' size is not that of the images, which the user names; channels are the data's to say.
+    left_out = {"in_channels", "image_size" if config.latents else ""}
+    left_out |= set(SAMPLING) if config.num_classes == 1 else set()
+    return {name: getattr(config, name) for name in names if name not in left_out}
+
+
+def class_names_of(config: Config) -> list[str]:
+    """The names of a config's classes; where it has none, their numbers."""
+    return list(config.class_names or map(str, range(config.num_classes)))
+
+
+@torch.no_grad()
+def start_from(path: str | Path, model: DiT, config: Config) -> None:
+    """Put weights of ours or published ones into a fresh model; classes that they do not know start from "no label".
+
+    Raises:
+        UserError: if they are of another size or kind of network.
+    """
+    other, theirs = load_model(path, next(model.parameters()).device)
+    for name in (*NETWORK, "learn_sigma"):
+        there, here = getattr(theirs, name), getattr(config, name)
+        if there != here:
+            raise UserError(f"--init-from {path}: its {name} is {there}, that of this run {here}; they must be equal")
+    if type(other.t_embedder) is not type(model.t_embedder):
+        raise UserError(f"--init-from {path}: it embeds t in another way than the paper, which train.py does not train")
+    state = other.state_dict()
+    rows = state["y_embedder.embedding_table.weight"]
+    fresh = model.y_embedder.embedding_table.weight.clone()
+    model.load_state_dict(state | {"y_embedder.embedding_table.weight": fresh})
+    known, table, new = class_names_of(theirs), model.y_embedder.embedding_table.weight, []
+    table[-1] = rows[-1]  # the null class
+    for i, name in enumerate(class_names_of(config)):
+        if name in known:
+            table[i] = rows[known.index(name)]
+        else:
+            table[i] += rows[-1]
+            new.append(name)
+    told = f"; new to them: {', '.join(new[:10])}{' ...' if len(new) > 10 else ''}" if new else ""
+    print(f"start      the weights of {path}, which know {config.num_classes - len(new)} of the classes{told}")

@@ -3,13 +3,14 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import errno
 import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +80,66 @@ class Parser(argparse.ArgumentParser):
         return given
 
 
-def parse_labels(text: str, num_classes: int) -> list[int]:
-    """[207, 360] from "207,360"; without a comma each character is a label where there are at most 10 classes."""
-    separate = "," in text or num_classes > 10
-    try:
-        labels = [int(label) for label in (text.removesuffix(",").split(",") if separate else text)]
-    except ValueError:
-        labels = []
-    if not labels:
-        raise UserError(f"labels {text!r}: give digits, such as 0123, or numbers with commas, such as 207,360")
-    for label in labels:
-        if not 0 <= label < num_classes:
-            raise UserError(f"label {label} is not one of the model's {num_classes} classes, 0 to {num_classes - 1}")
+def parse_labels(text: str, num_classes: int, class_names: Sequence[str] | None = None) -> list[int]:
+    """[207, 360] from "207,360"; without a comma each digit is a label where there are at most 10 classes.
+
+    With class_names also [0, 1] from "cat,dog", in capital or small letters. What is a name is never taken as a number:
+    where "3" is the first of the classes, it is label 0. A name may have spaces and commas in it.
+
+    Raises:
+        UserError: for what is neither a class's name nor its number, with the names that are most like it.
+    """
+    names = class_names or ()
+    parts = text.removesuffix(",").split(",")
+    if parts == [text] and text.isdecimal() and num_classes <= 10 and find_name(text, names) is None:
+        parts = list(text)
+    labels, most = [], 1 + max((name.count(",") for name in names), default=0)
+    while parts:
+        for count in range(min(most, len(parts)), 0, -1):  # of a name with commas as much as there is
+            label = find_name(",".join(parts[:count]).strip(), names)
+            if label is not None:
+                break
+        if label is None:
+            label = number_of(parts[0].strip(), num_classes, names, text)
+        labels.append(label)
+        parts = parts[count:]
     return labels
+
+
+def find_name(text: str, names: Sequence[str]) -> int | None:
+    """Where a name stands among the names; one that differs in capitals alone will do, if there are not several."""
+    if text in names:
+        return names.index(text)
+    alike = [i for i, name in enumerate(names) if name.casefold() == text.casefold()]
+    return alike[0] if len(alike) == 1 else None
+
+
+def number_of(text: str, num_classes: int, names: Sequence[str], whole: str) -> int:
+    """The label that a number is, which is no name; UserError for what is none."""
+    try:
+        label = int(text)
+    except ValueError:
+        if not names:
+            raise UserError(
+                f"labels {whole!r}: give digits, such as 0123, or numbers with commas, such as 207,360"
+            ) from None
+        known = ", ".join(closest(text, names))
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        raise UserError(f"label {text!r} is no class of this model, which are: {known}{more}") from None
+    if not 0 <= label < num_classes:
+        raise UserError(f"label {label} is not one of the model's {num_classes} classes, 0 to {num_classes - 1}")
+    return label
+
+
+def closest(text: str, names: Sequence[str], most: int = 20) -> list[str]:
+    """The names that are most like a text, the best first."""
+    likeness = difflib.SequenceMatcher(b=text[:100].casefold())  # it is slow with long ones
+
+    def unlike(name: str) -> float:
+        likeness.set_seq1(name[:100].casefold())
+        return -likeness.ratio()
+
+    return sorted(names, key=unlike)[:most]
 
 
 def from_here(path: str | Path) -> str:

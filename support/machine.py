@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -71,6 +72,29 @@ def compile_network(model: nn.Module, loss_of: Callable[[Callable], Tensor]) -> 
         print(f"compiled in {time.perf_counter() - start:.0f} s")
     model.zero_grad()
     return compiled
+
+
+class Ahead:
+    """batch_of(step), of which that of the next step is made meanwhile, in a thread: it may have to come from a disk.
+
+    Args:
+        batch_of: a function of the step alone.
+        end: the step at which there is no next.
+    """
+
+    def __init__(self, batch_of: Callable[[int], Any], end: int):
+        self.batch_of, self.end = batch_of, end
+        self.worker, self.coming = ThreadPoolExecutor(1), {}
+
+    def __call__(self, step: int) -> Any:
+        coming = self.coming.pop(step, None) or self.worker.submit(self.batch_of, step)
+        batch = coming.result()
+        if step + 1 < self.end:
+            self.coming = {step + 1: self.worker.submit(self.batch_of, step + 1)}
+        return batch
+
+    def close(self) -> None:
+        self.worker.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager

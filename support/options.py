@@ -20,7 +20,7 @@ def option(default: Any, help: str, type: Callable = str, choices: tuple = (), g
 def check_option(field: dataclasses.Field, value: Any) -> None:
     """UserError unless a field made by `option` may have this value."""
     kind, choices = field.metadata["type"], field.metadata["choices"]
-    if value is None and field.default is None:
+    if value is None and isinstance(None, field.type):
         return
     if not isinstance(value, (int, float) if kind is float else kind):
         raise UserError(f"{field.name} {value!r} is not of type {kind.__name__}")

@@ -1,16 +1,24 @@
-"""Pictures of images: a grid, the strip from noise to image, an animation."""
+"""Pictures of images: a grid, the strip from noise to image, an animation, a folder of PNGs."""
 
 import math
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dataset import denormalize
-from support.files import writing
+from dataset import denormalize, normalize
+from support.errors import UserError, one_line
+from support.files import unwritable, writing
+
+BORDER = 64  # the grey between images
 
 
 def mosaic(images: Tensor, columns: int) -> np.ndarray:
@@ -24,10 +32,10 @@ def mosaic(images: Tensor, columns: int) -> np.ndarray:
     columns = min(columns, len(tiles))
     rows = math.ceil(len(tiles) / columns)
     border = int(len(tiles) > 1)
-    tiles = F.pad(tiles.expand(-1, 3, -1, -1), (border, 0, border, 0), value=64)  # at the left and above
-    tiles = F.pad(tiles, (0, 0, 0, 0, 0, 0, 0, rows * columns - len(tiles)), value=64)
+    tiles = F.pad(tiles.expand(-1, 3, -1, -1), (border, 0, border, 0), value=BORDER)  # at the left and above
+    tiles = F.pad(tiles, (0, 0, 0, 0, 0, 0, 0, rows * columns - len(tiles)), value=BORDER)
     picture = tiles.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    return F.pad(picture, (0, 0, 0, border, 0, border), value=64).numpy()
+    return F.pad(picture, (0, 0, 0, border, 0, border), value=BORDER).numpy()
 
 
 def frames_shown(steps: int, most: int) -> list[int]:
@@ -40,7 +48,39 @@ def frames_shown(steps: int, most: int) -> list[int]:
     return [0, *sorted(range(steps, 0, -stride))]
 
 
-def save_strip(frames: dict[int, Tensor], labels: list[int], path: str | Path) -> None:
+def letters(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's font, which has more letters than Pillow's own."""
+    import matplotlib  # here, for it takes a moment
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def shortened(name: str, most: int = 20) -> str:
+    """A class's name to stand beside a row of images, in one line of at most so many letters."""
+    name = one_line(name)
+    return name if len(name) <= most else name[: most - 1].rstrip() + "…"
+
+
+def by_label(images: Tensor, labels: list[str], columns: int) -> tuple[Tensor, list[str]]:
+    """Images (N, C, H, W) put into rows of one label each -> the same with grey ones for gaps, and a name for each row.
+
+    Labels follow one another as they first come; of one that takes several rows the first is named. Rows have as many
+    images as `columns` says, or fewer where no label has so many: len(images) / len(names).
+    """
+    groups: dict[str, list[int]] = {}
+    for i, label in enumerate(labels):
+        groups.setdefault(label, []).append(i)
+    columns = min(columns, max(map(len, groups.values())))
+    places, names = [], []
+    for label, group in groups.items():
+        group += [len(images)] * (-len(group) % columns)
+        places += group
+        names += [label] + [""] * (len(group) // columns - 1)
+    gap = images.new_full((1, *images.shape[1:]), normalize(torch.tensor(BORDER)))
+    return torch.cat([images, gap])[places], names
+
+
+def save_strip(frames: dict[int, Tensor], labels: list[str], path: str | Path) -> None:
     """The progression: a row per label; frames are the images after so many steps, each (B, C, H, W)."""
     from matplotlib.figure import Figure  # here, for it takes a second that grids and arrays need not wait
 
@@ -48,15 +88,19 @@ def save_strip(frames: dict[int, Tensor], labels: list[int], path: str | Path) -
     picture = mosaic(rows, len(frames))
     pitch = rows.shape[-1] + 1  # an image, or one of its channels, and the border
     height, width = (side // pitch for side in picture.shape[:2])
-    figure = Figure(figsize=(0.6 * width + 0.6, 0.6 * height + 0.6), layout="constrained")
+    names = [shortened(str(label)) for label in labels]
+    numbers = all(name.isdecimal() for name in names)
+    room = 0.6 if numbers else 0.5 + max(map(letters(10).getlength, names)) / 72  # inches at the left
+    figure = Figure(figsize=(0.6 * width + room, 0.6 * height + 0.6), layout="constrained")
     axes = figure.subplots()
     axes.imshow(picture, interpolation="nearest")
     axes.set_xticks([pitch * width / len(frames) * (i + 0.5) for i in range(len(frames))], list(frames))
-    axes.set_yticks([pitch * (i + 0.5) for i in range(len(labels))], labels)
-    axes.set(xlabel="denoising steps taken", ylabel="label")
+    axes.set_yticks([pitch * (i + 0.5) for i in range(len(names))], names, parse_math=False)
+    axes.set(xlabel="denoising steps taken", ylabel="label" if numbers else "", anchor="C" if numbers else "E")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    with writing(path) as file:
+    with writing(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a name: a letter that the font lacks is drawn as a box
         # Large images at about their own size, as long as matplotlib can draw so many pixels.
         figure.savefig(file, format="png", dpi=min(max(100, pitch / 0.6), 65_000 / max(figure.get_size_inches())))
 
@@ -71,11 +115,29 @@ def save_gif(frames: list[Tensor], path: str | Path) -> None:
         pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
-def save_png(images: Tensor, path: str | Path, columns: int) -> None:
-    """Images (N, C, H, W) in [-1, 1] as a grid."""
-    picture = Image.fromarray(mosaic(images, columns))
+def save_png(images: Tensor, path: str | Path, columns: int, labels: list[str] | None = None) -> None:
+    """Images (N, C, H, W) in [-1, 1] as a grid; with a label for each, in rows of one label, which stands beside."""
+    if labels:
+        images, names = by_label(images, labels, columns)
+        picture = named(Image.fromarray(mosaic(images, len(images) // len(names))), names)
+    else:
+        picture = Image.fromarray(mosaic(images, columns))
     with writing(path) as file:
         picture.save(file, "PNG")
+
+
+def named(picture: Image.Image, names: list[str]) -> Image.Image:
+    """A grid with a name at the left of each of its rows."""
+    pitch = (picture.height - 1) / len(names)
+    font = letters(round(min(max(pitch / 3, 10), 24)))
+    names = [shortened(name) for name in names]
+    margin = math.ceil(max(map(font.getlength, names)) + font.size)
+    wide = Image.new("RGB", (margin + picture.width, picture.height), (BORDER,) * 3)
+    wide.paste(picture, (margin, 0))
+    for row, name in enumerate(names):
+        place = (margin - font.size / 2, 1 + pitch * (row + 0.5))
+        ImageDraw.Draw(wide).text(place, name, "white", font, anchor="rm")
+    return wide
 
 
 def save_loss_plot(path: Path, rows: list[str]) -> None:
@@ -92,3 +154,46 @@ def save_loss_plot(path: Path, rows: list[str]) -> None:
     axes.minorticks_off()
     with writing(path) as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def check_png_dir(folder: str | Path) -> None:
+    """Refuse a folder that save_png_dir could not write, before the work rather than after it."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "is not empty" if folder.is_dir() else "is a file"
+        raise UserError(f"--png-dir {folder} {what}; give a new folder, or an empty one")
+    if not folder.absolute().parent.is_dir():
+        raise UserError(f"--png-dir {folder}: the folder it is to be in does not exist; create it first")
+
+
+def save_png_dir(
+    images: Tensor, labels: list[int], folder: str | Path, class_names: Sequence[str] | None = None
+) -> None:
+    """Images (N, C, H, W) in [-1, 1], grey or in colour, as a folder of PNGs: 000000-cat.png, 000001-dog.png, ...
+
+    One flat folder, as pytorch-fid and clean-fid read it; the class is in the name, as its number if it has none. It
+    is whole or not there: what cannot be written leaves nothing behind.
+
+    Raises:
+        UserError: for a folder that is not empty, for images of other channels than 1 or 3, or if it cannot be written.
+    """
+    check_png_dir(folder)
+    if images.shape[1] not in (1, 3):
+        raise UserError(f"--png-dir {folder}: images of {images.shape[1]} channels are no PNGs; give --npz instead")
+    digits = max(6, len(str(len(images) - 1)))
+    target = Path(folder).resolve()
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir()
+        for start in range(0, len(images), 1000):
+            pixels = denormalize(images[start : start + 1000]).permute(0, 2, 3, 1).cpu().numpy()
+            for i, (picture, label) in enumerate(zip(pixels, labels[start : start + 1000]), start):
+                name = re.sub(r"\W+", "_", class_names[label])[:60] if class_names else label
+                Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture).save(
+                    temporary / f"{i:0{digits}}-{name}.png"
+                )
+        temporary.replace(target)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

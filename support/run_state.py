@@ -20,6 +20,7 @@ from dit import DiT
 from support.checkpoint import BEFORE, OF_THE_MACHINE, check_state, model_config, read_config
 from support.errors import UserError, believing, flag_of
 from support.files import load_file, locked, save_file, warn
+from support.prepare import preset_of, rooted
 
 FREE_ON_RESUME = ("out_dir", "data_dir", "device", "sample_every", "checkpoint_every")
 
@@ -151,8 +152,9 @@ def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     Raises:
         UserError: if it is not there, a flag contradicts it, or its run has not ended.
     """
-    chosen = {name: given[name] for name in ("preset", "out_dir") if name in given}
-    path = Config(**chosen).run_dir / "checkpoint.pth"
+    given = rooted(given)
+    chosen = {name: given[name] for name in ("out_dir",) if name in given}
+    path = Config(preset=preset_of(given), **chosen).run_dir / "checkpoint.pth"
     if not path.exists():
         raise UserError(f"nothing to resume: {path} does not exist; leave out --resume, or name the run's --out-dir")
     with locked(path.parent):

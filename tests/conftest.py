@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dataset import load_dataset, normalize
 from dit import DiT
@@ -47,6 +48,20 @@ def glyphs_dir(tmp_path_factory) -> Path:
     """A data folder in which the glyphs are cached."""
     folder = tmp_path_factory.mktemp("data")
     load_dataset("glyphs", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures_dir(tmp_path_factory) -> Path:
+    """A folder of 3 classes of 12 colour pictures, 20 x 16 pixels, each its class's colour with some noise."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    for name, colour in (("red fox", (200, 60, 30)), ("frog", (40, 180, 60)), ("whale", (30, 60, 190))):
+        (folder / name).mkdir()
+        for i in range(12):
+            noise = torch.randint(-20, 21, (16, 20, 3), generator=generator)
+            pixels = (torch.tensor(colour) + noise).to(torch.uint8).numpy()
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
     return folder
 
 

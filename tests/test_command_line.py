@@ -25,6 +25,7 @@ from support.command_line import (
     counted,
     leave_out_unusable_cache,
     one_line,
+    parse_labels,
     quoted,
     run_script,
     shown,
@@ -190,6 +191,66 @@ def test_a_message_is_one_line_of_what_can_be_shown(capsys):
             inference.main(["--sample-steps", value])
         (line,) = capsys.readouterr().err.splitlines()
         assert "invalid int value" in line and len(line) < 2100
+
+
+ANIMALS = ["cat", "hot dog", "dog", "Dog", "tench, Tinca tinca", "bird"]
+
+
+@pytest.mark.parametrize(
+    "text, labels",
+    [
+        ("cat", [0]),
+        ("cat,dog", [0, 2]),
+        ("cat, Dog,", [0, 3]),
+        ("CAT,Hot Dog", [0, 1]),
+        ("hot dog", [1]),
+        ("tench, Tinca tinca", [4]),
+        ("bird,tench, tinca Tinca,cat", [5, 4, 0]),
+        ("bird,tench, Tinca tinca,cat", [5, 4, 0]),
+        ("0123", [0, 1, 2, 3]),
+        ("2,cat,5", [2, 0, 5]),
+        ("3", [3]),
+    ],
+)
+def test_labels_are_names_or_numbers(text, labels):
+    assert parse_labels(text, len(ANIMALS), ANIMALS) == parse_labels(text, len(ANIMALS), tuple(ANIMALS)) == labels
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("cta", r"label 'cta' is no class of this model, which are: cat, .*bird"),
+        ("cat,dgo", r"label 'dgo' is no class of this model, which are: [Dd]og, "),
+        ("bird,tench, Tinca", r"label 'tench' is no class of this model, which are: tench, Tinca tinca, "),
+        ("DOG", r"label 'DOG' is no class of this model, which are: dog, Dog, "),  # two are alike
+        ("cat,,dog", r"label '' is no class"),
+        (" ", r"label '' is no class"),
+        ("cat dog", r"label 'cat dog' is no class"),
+        ("017", "label 7 is not one of the model's 6 classes, 0 to 5"),
+        ("cat,-1", "label -1 is not one of the model's 6 classes, 0 to 5"),
+        ("9" * 5000 + ",", "label '999"),
+    ],
+)
+def test_an_unknown_name_is_told_with_the_known_ones_the_likeliest_first(text, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        parse_labels(text, len(ANIMALS), ANIMALS)
+
+
+def test_of_many_names_twenty_are_told():
+    names = [f"class {i}" for i in range(1000)]
+    assert parse_labels("class 7,7,CLASS 999", 1000, names) == [7, 7, 999]
+    with pytest.raises(UserError, match="^label 'class 1000' is no class .*: class 100, .* and 980 more$") as error:
+        parse_labels("class 1000", 1000, names)
+    assert str(error.value).count("class ") == 22
+    with pytest.raises(UserError, match="label 1000 is not one of the model's 1000 classes"):
+        parse_labels("1000", 1000, names)
+
+
+def test_what_is_a_name_is_never_a_number():
+    assert parse_labels("3", 3, ["3", "1", "2"]) == [0] and parse_labels("123", 3, ["3", "1", "2"]) == [1, 2, 0]
+    assert parse_labels("0123", 2, ["1", "0123"]) == [1] and parse_labels("0,1", 2, ["1", "0123"]) == [0, 0]
+    names = [str(i) for i in reversed(range(20))]
+    assert parse_labels("19", 20, names) == [0] and parse_labels("1,2", 20, names) == [18, 17]
 
 
 NAMES = ("run", "my run", "it's", 'a "b"', "a\nb", "$HOME;`ls`", "ü", "\udcff\udc80b", "-\\'\n")

@@ -1,14 +1,17 @@
 import functools
 import gzip
 import http.server
+import os
+import re
 import socket
+import struct
 import threading
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import MNIST
+from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 from torchvision.datasets.utils import calculate_md5
 
 import inference
@@ -16,9 +19,10 @@ import train
 from config import Config
 from dataset import DATASETS, denormalize, load_dataset, normalize
 from dit import DiT
-from loaders import glyphs, mnist
+from loaders import download, glyphs, mnist
+from loaders.check import check_loaded
 from loaders.glyphs import draw_glyphs
-from loaders.mnist import MNIST_FILES
+from loaders.mnist import KMNIST_FILES, MNIST_FILES
 from support.checkpoint import load_model
 from support.errors import NotAvailable, UserError
 from support.files import load_file, save_file
@@ -105,6 +109,14 @@ def test_mnist_is_read(mnist_dir):
     assert data.labels[:5].tolist() == [7, 2, 1, 0, 4]
 
 
+@pytest.fixture
+def fashion_dir() -> str:
+    folder = os.environ.get("DATA_DIR", "data")
+    if not all((mnist.Path(folder) / "FashionMNIST" / "raw" / name).exists() for name in MNIST_FILES):
+        pytest.skip(f"the real Fashion-MNIST is not in {folder}: name its folder in DATA_DIR")
+    return folder
+
+
 @pytest.mark.parametrize("name", ["mnist", "auto"])
 def test_a_damaged_mnist_file_is_named_and_neither_used_nor_replaced(name, tmp_path):
     folder = tmp_path / "MNIST" / "raw"
@@ -127,7 +139,7 @@ def silent_server(monkeypatch):
 @pytest.fixture
 def impatient(monkeypatch):
     """MNIST's servers are given up sooner, for the tests' sake."""
-    monkeypatch.setattr(mnist, "download_mnist", functools.partial(mnist.download_mnist, timeout=1))
+    monkeypatch.setattr(mnist, "downloading", functools.partial(mnist.downloading, timeout=1))
 
 
 def test_auto_falls_back_loudly(glyphs_dir, silent_server, impatient, capsys):
@@ -143,7 +155,7 @@ def test_two_mirrors_are_given_ten_seconds_together_and_nothing_else_is_tried(tm
         raise TimeoutError
 
     monkeypatch.setattr(MNIST, "mirrors", ["http://one/", "http://two/"])
-    monkeypatch.setattr(mnist.urllib.request, "urlopen", no_answer)
+    monkeypatch.setattr(download.urllib.request, "urlopen", no_answer)
     monkeypatch.setattr(MNIST, "download", lambda *_: pytest.fail("a download of what cannot be reached"))
     with pytest.raises(NotAvailable):
         load_dataset("mnist", str(tmp_path))
@@ -158,10 +170,10 @@ def test_a_name_server_that_hangs_is_not_waited_for(glyphs_dir, monkeypatch, imp
         answered.append(True)
         raise TimeoutError
 
-    monkeypatch.setattr(mnist.urllib.request, "urlopen", hang)
+    monkeypatch.setattr(download.urllib.request, "urlopen", hang)
     assert load_dataset("auto", str(glyphs_dir)).name == "glyphs"
     assert not answered
-    (prober,) = (thread for thread in threading.enumerate() if "try_mirrors" in thread.name)
+    (prober,) = (thread for thread in threading.enumerate() if "try_servers" in thread.name)
     assert prober.daemon  # the end of the program does not wait for it either
     answer.set()
     prober.join()
@@ -172,11 +184,11 @@ def test_mnist_asked_for_by_name_never_falls_back(tmp_path, silent_server, impat
         load_dataset("mnist", str(tmp_path))
 
 
-def serve(folder, monkeypatch):
+def serve(folder, monkeypatch, kind=MNIST):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_address[1]}/"])
+    monkeypatch.setattr(kind, "mirrors", [f"http://127.0.0.1:{server.server_address[1]}/"])
     return server
 
 
@@ -202,6 +214,79 @@ def test_a_falsified_download_is_refused_and_leaves_nothing(tmp_path, monkeypatc
         load_dataset("mnist", str(tmp_path / "data"))
     server.shutdown()
     assert not list((tmp_path / "data" / "MNIST" / "raw").iterdir())
+
+
+def write_kmnist(folder, files=KMNIST_FILES):
+    """Files in MNIST's format with KMNIST's sizes: every image is black, the labels go round."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in files:
+        size = 60_000 if name.startswith("train") else 10_000
+        if "images" in name:
+            content = struct.pack(">4i", 0x803, size, 28, 28) + bytes(size * 784)
+        else:
+            content = struct.pack(">2i", 0x801, size) + bytes(i % 10 for i in range(size))
+        (folder / name).write_bytes(content)
+
+
+def test_fashion_is_read_with_its_class_names(fashion_dir):
+    for part, count in ((True, 60_000), (False, 10_000)):
+        images, labels, names = mnist.load_fashion(fashion_dir, part)
+        theirs = FashionMNIST(fashion_dir, train=part)
+        assert images.shape == (count, 1, 28, 28) and torch.equal(images[:, 0], theirs.data)
+        assert torch.equal(labels, theirs.targets) and names == FashionMNIST.classes
+    assert names[0] == "T-shirt/top" and names[labels[0]] == "Ankle boot"
+    assert load_dataset("fashion", fashion_dir).num_classes == 10
+
+
+def test_kmnist_is_read_with_its_class_names(tmp_path):
+    write_kmnist(tmp_path / "KMNIST" / "raw")
+    images, labels, names = mnist.load_kmnist(tmp_path, train=False)
+    assert images.shape == (10_000, 1, 28, 28) and labels[:12].tolist() == [*range(10), 0, 1]
+    assert names == KMNIST.classes and names[1] == "ki"
+    assert len(load_dataset("kmnist", tmp_path).images) == 60_000
+
+
+@pytest.mark.parametrize("name, load", [("FashionMNIST", mnist.load_fashion), ("KMNIST", mnist.load_kmnist)])
+@pytest.mark.parametrize("file", ["t10k-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"])
+def test_a_damaged_file_of_mnists_format_is_named(name, load, file, tmp_path):
+    path = tmp_path / name / "raw" / file
+    write_kmnist(path.parent, [file])
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole + b"0", b"\1" + whole[1:], whole[:7] + b"\0" + whole[8:], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"^{re.escape(str(path))} is damaged, or not {name} .*; move it away"):
+            load(tmp_path, train=True)
+        assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("name, kind", [("fashion", FashionMNIST), ("kmnist", KMNIST)])
+def test_sets_in_mnists_format_are_downloaded_all_or_none(name, kind, tmp_path, monkeypatch):
+    write_kmnist(tmp_path / "original")
+    resources = []
+    for file in KMNIST_FILES:
+        packed = tmp_path / f"{file}.gz"
+        packed.write_bytes(gzip.compress((tmp_path / "original" / file).read_bytes(), 1))
+        resources.append((packed.name, calculate_md5(packed)))
+    known = {file: calculate_md5(tmp_path / "original" / file) for file in KMNIST_FILES}
+    monkeypatch.setattr(mnist, "FASHION_FILES", known)
+    server = serve(tmp_path, monkeypatch, kind)
+    monkeypatch.setattr(kind, "resources", [*resources[:3], (resources[3][0], "0" * 32)])
+    raw = tmp_path / "data" / kind.__name__ / "raw"
+    with pytest.raises(NotAvailable, match=f"^{kind.__name__} cannot be downloaded .*; try again"):
+        load_dataset(name, tmp_path / "data")
+    assert not list(raw.iterdir())
+    monkeypatch.setattr(kind, "resources", resources)
+    assert len(load_dataset(name, tmp_path / "data").images) == 60_000
+    server.shutdown()
+    assert {path.name for path in raw.iterdir()} == set(KMNIST_FILES)
+
+
+@pytest.mark.parametrize("name, kind", [("fashion", FashionMNIST), ("kmnist", KMNIST)])
+def test_sets_in_mnists_format_never_fall_back(name, kind, tmp_path, monkeypatch, impatient):
+    monkeypatch.setattr(kind, "mirrors", ["http://127.0.0.1:9/"])
+    words = f"^{kind.__name__} is not in {re.escape(str(tmp_path))}.* its server cannot be reached; .*--data-dir"
+    with pytest.raises(NotAvailable, match=words):
+        load_dataset(name, tmp_path)
 
 
 def own(monkeypatch, images, labels, name="own"):
@@ -261,11 +346,39 @@ def test_a_broken_promise_is_told_at_the_start_with_what_was_found(images, label
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("loaded", [STRIPES, (STRIPES, THREE, None), None, {"images": STRIPES}])
-def test_a_loader_gives_a_pair(loaded, monkeypatch):
+@pytest.mark.parametrize("loaded", [STRIPES, (STRIPES,), (STRIPES, THREE, ["a"], 1), None, {"images": STRIPES}])
+def test_a_loader_gives_a_pair_or_that_and_names(loaded, monkeypatch):
     monkeypatch.setitem(DATASETS, "own", lambda data_dir, train: loaded)
-    with pytest.raises(UserError, match="give a pair, images and labels; found "):
+    with pytest.raises(UserError, match="give a pair, images and labels, or those and class names; found "):
         load_dataset("own", "nowhere")
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (None, "class names must be a list of different words; found a NoneType"),
+        ("abc", "class names must be a list of different words; found a str of 3"),
+        ([0, 1, 2], "class names must be a list of different words; found a list of 3"),
+        (["a", "b", "a"], "class names must be a list of different words; found a list of 3"),
+        (["a", "", "b"], "class names must be a list of different words"),
+        (["a", "b"], "there must be a class name for each label, 0 to 2; found 2 of them"),
+        (["a", "b", "c", "d"], "there must be a class name for each label, 0 to 2; found 4 of them"),
+    ],
+)
+def test_class_names_are_different_words_one_for_each_class(names, message):
+    with pytest.raises(UserError, match=f"dataset own, training part: {message}"):
+        check_loaded((STRIPES, THREE, names), "dataset own", train=True)
+
+
+def test_class_names_come_back_as_a_list_and_the_test_part_may_lack_some_classes():
+    for names in (["cat", "dog", "hot dog"], ("cat", "dog", "hot dog")):
+        images, labels, given = check_loaded((STRIPES, THREE, names), "own", train=True)
+        assert given == ["cat", "dog", "hot dog"] and images is STRIPES and torch.equal(labels, THREE)
+        assert check_loaded((STRIPES, THREE.clamp(max=1), names), "own", train=False)[2] == given
+    assert check_loaded((STRIPES, THREE), "own", train=True)[2] == []
+    assert check_loaded((STRIPES, None, ["stripe"]), "own", train=True)[2] == ["stripe"]
+    with pytest.raises(UserError, match="own, test part: there must be a class name for each label, 0 to 2; found 2"):
+        check_loaded((STRIPES, THREE, ["cat", "dog"]), "own", train=False)
 
 
 def test_the_test_part_may_lack_classes_but_has_no_negative_ones(monkeypatch):
@@ -335,7 +448,7 @@ def test_unlabelled_images_are_one_class_without_guidance_or_doubled_steps(monke
 
 
 def test_an_unknown_dataset_is_refused_naming_the_known():
-    with pytest.raises(UserError, match="'cifar' is not one of auto, mnist, glyphs"):
+    with pytest.raises(UserError, match="'cifar' is not one of auto, mnist, fashion, kmnist, glyphs"):
         load_dataset("cifar", "nowhere")
 
 

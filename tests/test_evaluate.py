@@ -11,15 +11,16 @@ from torchmetrics.image.inception import InceptionScore
 import dataset
 import evaluate
 from config import SAMPLERS, Config
-from dataset import load_dataset, normalize
+from dataset import load_dataset
 from dit import DiT
 from docs import quality
-from evaluate import frechet_distance, inception_score, kth_neighbour, measure, nearest_distance, share_within
+from evaluate import Reference, measure
 from support import classifier
 from support.checkpoint import load_model, model_config
 from support.classifier import judge_of
 from support.errors import UserError
 from support.files import load_file, save_file
+from support.metrics import frechet_distance, inception_score, kth_neighbour, nearest_distance, share_within
 
 
 class Features(torch.nn.Module):
@@ -63,9 +64,14 @@ def test_precision_and_recall_see_what_is_missing():
     assert kth_neighbour(points, k=2).tolist() == [3.0, 2.0, 3.0, 5.0]
 
 
-def test_nearest_distance():
-    training = torch.tensor([[0.0, 0.0], [10.0, 0.0]])
-    assert nearest_distance(torch.tensor([[0.0, 1.0], [10.0, 3.0]]), training) == pytest.approx(2)
+def test_nearest_distance_is_that_of_torch_cdist_in_parts():
+    generator = torch.Generator().manual_seed(0)
+    images, training = (torch.randint(256, (n, 2, 5, 4), generator=generator).byte() for n in (600, 4500))
+    among = torch.randperm(4500)[:4100]
+    everywhere = torch.cdist(dataset.normalize(images).flatten(1), dataset.normalize(training[among]).flatten(1))
+    assert nearest_distance(images, training, among) == pytest.approx(everywhere.amin(1).mean().item(), rel=1e-5)
+    assert nearest_distance(training[among[-1:]], training, among) < 0.01
+    assert nearest_distance(training[:1], training, torch.tensor([7])) > 1
 
 
 @pytest.fixture(scope="module")
@@ -74,24 +80,23 @@ def judged(mnist_dir):
         pytest.skip("classifier.pth is not there, and training one takes minutes: run python evaluate.py")
     train, test = (load_dataset("mnist", mnist_dir, train=part) for part in (True, False))
     judge = judge_of("mnist", mnist_dir, train.images, train.labels)
-    features, _ = judge.read(normalize(test.images))
-    training = normalize(train.images[:5000]).flatten(1)
-    return judge, {"features": features, "radii": kth_neighbour(features), "training": training}, train
+    features, _ = judge.read(test.images)
+    return Reference(train.images, torch.arange(5000), judge, features, kth_neighbour(features)), train
 
 
 def test_bad_images_measure_worse_than_good_ones_in_every_figure(judged):
-    judge, reference, train = judged
+    reference, train = judged
     images, labels = train.images[-1000:], train.labels[-1000:]
-    good = measure(images, labels, judge, reference)
+    good = measure(images, labels, reference)
     noisy = (images / 3 + 170 * torch.rand(images.shape)).to(torch.uint8)
-    bad = measure(noisy, labels.roll(1), judge, reference)
-    one = measure(images[:1].expand(1000, -1, -1, -1), labels[:1].expand(1000), judge, reference)
+    bad = measure(noisy, labels.roll(1), reference)
+    one = measure(images[:1].expand(1000, -1, -1, -1), labels[:1].expand(1000), reference)
     assert good["accuracy"] > 0.98 and bad["accuracy"] < 0.3
     assert bad["FD"] > 10 * good["FD"] and one["FD"] > 10 * good["FD"]
     assert good["precision"] > 0.8 > bad["precision"]
     assert good["recall"] > 0.6 and one["recall"] < 0.1
     assert good["IS"] > 9 and one["IS"] < 1.1
-    copies = measure(train.images[:1000], train.labels[:1000], judge, reference)
+    copies = measure(train.images[:1000], train.labels[:1000], reference)
     assert copies["nearest"] < 0.1 < good["nearest"]  # memorisation shows
 
 
@@ -123,7 +128,7 @@ def test_the_table_of_a_checkpoint_and_of_its_npz_agree(judged, tmp_path, mnist_
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--num-samples", "5"], "num_samples is 5; it must be at least 100"),
+        (["--num-samples", "5"], "num_samples is 5; it must be at least 50"),
         (["--num-samples", "20000"], "num_samples is 20000; it must be at most 10000"),
         (["--seeds", "0"], "seeds is 0"),
         (["--checkpoint", "nowhere.pth"], "nowhere.pth does not exist"),
@@ -141,14 +146,14 @@ def test_bad_flags_are_refused(flags, message):
     assert message in str(error.value)
 
 
-def random_classifier(images, labels):
+def random_classifier(images, labels, learnt):
     torch.manual_seed(0)
-    return classifier.Classifier(images.shape[1], int(labels.max()) + 1)
+    return classifier.Classifier(images.shape[1], int(labels.max()) + 1 if labels.max() else 4)
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """Makes a dataset: noise (C, H, W) of a brightness that says the label; 400 to train, 110 to test, 100 held out.
+    """Makes a dataset: noise (C, H, W) of a brightness that says the label; 500 to train, 110 to test, 100 held out.
 
     The judge is of random weights. Returned is a function that makes the dataset again, with other sizes or parts.
     """
@@ -160,7 +165,7 @@ def small(monkeypatch, tmp_path):
     def make(shape=(1, 8, 8), classes=3, name="small", **parts):
         def load(data_dir, train):
             generator = torch.Generator().manual_seed(int(train))
-            labels = torch.arange(400 if train else 110) % classes
+            labels = torch.arange(500 if train else 110) % classes
             noise = torch.randint(60, (len(labels), *shape), generator=generator)
             found = (noise + 60 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels
             return parts.get("train" if train else "test", found)
@@ -208,8 +213,8 @@ ZEROS = torch.zeros(110, 8, 8, 1).byte()
         (ZEROS.permute(0, 3, 1, 2), None, "images of 1 x 8 pixels and 8 channels"),
         (ZEROS, torch.full((110,), 3), "labels 3 to 3 are not all of small's, 0 to 2"),
         (ZEROS, torch.full((110,), -1), "labels -1 to -1"),
-        (ZEROS[:20], None, "s.npz is 20; it must be at least 100"),
-        (ZEROS, None, "s.npz is 110; it must be at most 100"),
+        (ZEROS[:20], None, "the number of images is 20; it must be at least 50"),
+        (ZEROS, None, "the number of images is 110; it must be at most 100"),
     ],
 )
 def test_an_npz_that_does_not_fit_is_refused(images, labels, message, tmp_path, small):
@@ -311,18 +316,17 @@ def test_data_that_cannot_be_evaluated_on_are_refused(tmp_path, small):
     to_train = "to train 1 channels of 8 x 8, labels up to 2; to test"
     for parts, message in (
         (dict(test=(images[:0], labels[:0])), "small, test part: images must be a tensor (N, C, H, W) uint8, and not"),
-        (dict(test=(images[:50], labels[:50])), "100 samples: small has 50 test images; give at most as many"),
+        (
+            dict(test=(images[:50], labels[:50])),
+            "small has 50 test images and 100 held out to compare them with; give at most 50",
+        ),
         (dict(test=(images[:, :, :7], labels)), f"{to_train} 1 channels of 7 x 8"),
         (dict(test=(images.expand(-1, 3, -1, -1), labels)), f"{to_train} 3 channels of 8 x 8"),
         (dict(test=(images, labels + 1)), f"{to_train} 1 channels of 8 x 8, labels up to 3"),
-        (dict(train=(images, labels)), "small has 110 training images; a judge needs 200 or more"),
     ):
         small(**parts)
         assert message in refusal(*checkpoint)
-    small(classes=1)
-    save_model(tmp_path / "model.pth", num_classes=1)
-    assert "small has one class, or no labels" in refusal(*checkpoint)
-    assert not (tmp_path / "small").exists()
+    assert not (tmp_path / "judges").exists()
 
 
 def test_seeds_do_not_run_into_those_that_draw_the_same(tmp_path, small):
@@ -350,11 +354,11 @@ def test_what_is_not_finite_never_becomes_a_table(tmp_path, small, monkeypatch, 
     for count in ("--num-samples", 100), ("--bits-per-dim", 5):
         assert "final_layer.linear.bias has values that are not finite" in refusal(*flags, *count)
     save_model(path)
-    judge = tmp_path / "small" / "classifier.pth"
+    (judge,) = (tmp_path / "judges").iterdir()
     content = load_file(judge)
     content["model"]["head.weight"][0, 0] = float("inf")
     save_file(content, judge)
-    assert "classifier.pth holds no classifier; delete it" in refusal(*flags, "--num-samples", 100)
+    assert ".pth holds no classifier; delete it" in refusal(*flags, "--num-samples", 100)
     assert not out.exists() and "accuracy" not in capsys.readouterr().out
 
 

@@ -15,9 +15,11 @@ support.command_line
 time_emb dit_block diffusion
 dit
 variants.*
-loaders.*
+loaders.download loaders.packing loaders.image_folder
+loaders.* loaders.sources
 dataset
 support.published support.pictures support.autoencoder support.checkpoint support.classifier
+support.metrics support.prepare
 support.run_state support.run_log
 inference
 train evaluate benchmark

@@ -6,9 +6,19 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dataset import normalize
+from dataset import denormalize, normalize
 from support.errors import UserError
-from support.pictures import frames_shown, mosaic, save_gif, save_png, save_strip
+from support.pictures import (
+    by_label,
+    frames_shown,
+    mosaic,
+    named,
+    save_gif,
+    save_png,
+    save_png_dir,
+    save_strip,
+    shortened,
+)
 
 BORDER = [64, 64, 64]
 
@@ -112,6 +122,64 @@ def test_a_strip_is_never_larger_than_matplotlib_draws(figures, tmp_path, monkey
     assert 2**15 < max(figure.get_size_inches()) * dpi < 2**16
 
 
+NAMES = ["T-shirt/top", "M" * 30, "cost $5, or $\\foo$", "\u82b1\u306e\u5199\u771f", "two\nlines", "\udcff"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rows, columns", [(1, 2), (1, 13), (2, 2), (2, 8), (6, 13), (6, 3)])
+def test_names_stand_whole_at_the_left_of_a_strip_whatever_is_in_them(rows, columns, figures, tmp_path):
+    save_strip({i: torch.zeros(rows, 1, 8, 8) for i in range(columns)}, NAMES[:rows], tmp_path / "strip.png")
+    (axes,) = figures[0][0].axes
+    texts = axes.get_yticklabels()
+    assert [text.get_text() for text in texts] == [shortened(name) for name in NAMES[:rows]]
+    assert min(text.get_window_extent().x0 for text in texts) >= 0
+    left, _, right, _ = axes.get_window_extent().extents
+    assert (right - left) / columns > 54  # the images are not made small by it
+    assert axes.get_ylabel() == ""
+
+
+def test_a_long_name_is_shortened_to_one_line():
+    assert shortened("Ankle boot") == "Ankle boot" and shortened("a" * 20) == "a" * 20
+    assert shortened("a" * 21) == "a" * 19 + "…" and shortened("tench, Tinca tinca, a fish") == "tench, Tinca tinca,…"
+    assert shortened("a\nb") == r"a\nb"
+
+
+def test_the_rows_of_a_grid_are_named_beside_the_picture_that_it_is_without(tmp_path):
+    images = normalize(bytes_of(5, 3, 16, 16))
+    plain = Image.fromarray(mosaic(images, 2))
+    save_png(images, tmp_path / "plain.png", 2)
+    assert Image.open(tmp_path / "plain.png").tobytes() == plain.tobytes()
+    save_png(images, tmp_path / "named.png", 2, ["cat"] * 4 + ["a long name"])
+    picture = Image.open(tmp_path / "named.png")
+    margin = picture.width - plain.width
+    assert picture.height == plain.height and margin > 40
+    assert picture.crop((margin, 0, picture.width, picture.height)).tobytes() == plain.tobytes()
+    text = np.array(picture.convert("L"))[:, :margin] > 160
+    written = [text[1 + 17 * row : 17 * (row + 1)] for row in range(3)]
+    assert [bool(row.any()) for row in written] == [True, False, True]
+    assert written[0].any(0).argmax() > written[2].any(0).argmax() > 0  # to the right, beside the images; none is cut
+    for row in (written[0], written[2]):
+        assert 3 < row.any(1).nonzero()[0].mean() < 13  # in the middle of its row
+
+
+@pytest.mark.parametrize("names", [NAMES, ["x"] * 6])
+def test_names_of_a_grid_are_never_cut(names):
+    text = np.array(named(Image.new("RGB", (10, 6 * 40 + 1)), names).convert("L"))[:, :-10] > 160
+    assert text.any() and not text[:, 0].any() and not text[:, -1].any()
+
+
+def test_images_go_into_rows_of_a_label_each_with_gaps_as_grey_as_borders():
+    images = normalize(bytes_of(7, 1, 4, 4))
+    rows, names = by_label(images, ["b", "a", "b", "b", "a", "b", "b"], columns=3)
+    assert names == ["b", "", "a"]
+    order = [0, 2, 3, 5, 6, None, 1, 4, None]
+    assert len(rows) == 9
+    for image, i in zip(rows, order):
+        assert torch.equal(image, images[i]) if i is not None else (denormalize(image) == BORDER[0]).all()
+    rows, names = by_label(images, list("abcdefg"), columns=3)
+    assert torch.equal(rows, images) and names == list("abcdefg")  # a column
+
+
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_an_animation_shows_each_frame(channels, tmp_path):
     frames = [torch.full((2, channels, 4, 4), level) for level in (-1.0, 0.0, 1.0)]
@@ -122,3 +190,79 @@ def test_an_animation_shows_each_frame(channels, tmp_path):
     for i, level in enumerate((0, 128, 255)):
         gif.seek(i)
         assert abs(np.array(gif.convert("L"))[8, 8].item() - level) <= 1  # inside the first image
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_folder_of_pngs_holds_the_images_themselves(channels, tmp_path):
+    images = bytes_of(12, channels, 5, 4)
+    names = ["cat", "a/b: c", "Ü" * 300]
+    for folder in (tmp_path / "new", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        save_png_dir(normalize(images), [i % 3 for i in range(12)], folder, names)
+        paths = sorted(folder.iterdir())
+        assert [path.name for path in paths[:2]] == ["000000-cat.png", "000001-a_b_c.png"] and len(paths) == 12
+        for path, image in zip(paths, images):
+            picture = Image.open(path)
+            assert picture.mode == ("L" if channels == 1 else "RGB")
+            assert (np.array(picture).reshape(5, 4, channels) == image.permute(1, 2, 0).numpy()).all()
+    save_png_dir(normalize(images), [7] * 12, tmp_path / "numbers")
+    assert (tmp_path / "numbers" / "000011-7.png").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new", "numbers"]
+
+
+def test_a_folder_of_pngs_is_whole_or_not_there(tmp_path, monkeypatch):
+    x = normalize(bytes_of(12, 3, 4, 4))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    for folder, images, message in (
+        (tmp_path / "full", x, "full is not empty; give a new folder"),
+        (tmp_path / "full" / "a", x, "is a file"),
+        (tmp_path / "no" / "a", x, "does not exist; create it first"),
+        (tmp_path / "new", x[:, :2], "images of 2 channels are no PNGs"),
+        (tmp_path / "new", x / 0, "not finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            save_png_dir(images, [0] * 12, folder)
+    saved, save = [], Image.Image.save
+
+    def fill_up(self, path):
+        if len(saved) == 5:
+            raise OSError(28, "No space left on device")
+        saved.append(path)
+        save(self, path)
+
+    monkeypatch.setattr(Image.Image, "save", fill_up)
+    with pytest.raises(UserError, match="cannot write .*new .No space left on device"):
+        save_png_dir(x, [0] * 12, tmp_path / "new")
+    assert len(saved) == 5 and [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_pytorch_fid_reads_a_folder_of_pngs(tmp_path):
+    fid_score = pytest.importorskip("pytorch_fid.fid_score", reason="pytorch-fid is not installed: pip install it")
+    images = bytes_of(60, 1, 8, 8)
+    save_png_dir(normalize(images), [0] * 60, tmp_path / "a")
+    seen = []
+
+    class Network(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return [x.mean((2, 3), keepdim=True)]
+
+    mean, _ = fid_score.compute_statistics_of_path(str(tmp_path / "a"), Network(), 50, 3, "cpu", num_workers=0)
+    assert torch.equal((torch.cat(seen) * 255).round().byte(), images.expand(-1, 3, -1, -1))  # in order
+    assert mean == pytest.approx(images.float().mean().item() / 255, abs=1e-5)
+
+
+def test_clean_fid_reads_a_folder_of_pngs(tmp_path):
+    fid = pytest.importorskip("cleanfid.fid", reason="clean-fid is not installed: pip install it")
+    images = bytes_of(60, 3, 299, 299)[:10]
+    save_png_dir(normalize(images), [0] * 10, tmp_path / "a")
+    seen = []
+
+    def network(x):
+        seen.append(x)
+        return x.mean((2, 3))
+
+    features = fid.get_folder_features(str(tmp_path / "a"), network, num_workers=0, device="cpu", verbose=False)
+    assert features.shape == (10, 3)
+    assert torch.equal(torch.cat(seen).round().byte(), images)

@@ -139,12 +139,33 @@ def test_learning_rate_warms_up_and_decays():
 def test_batches_are_of_the_data_with_some_labels_dropped():
     data = dataset.load_dataset("blobs", "")
     config = Config(num_classes=4, batch_size=5000, label_dropout=0.2)
-    x0, y, t, noise = next(draw_batch(data.images, data.labels, Diffusion(), config, torch.Generator().manual_seed(0)))
+    ((x0, y, t, noise),) = draw_batch(data, Diffusion(), config, step=0)
     assert x0.shape == (5000, 1, 8, 8) and x0.min() == -1 and x0.max() == 1
     assert abs((y == 4).float().mean() - 0.2) < 0.02
     kept = y < 4
     assert torch.equal(x0[kept], dataset.normalize(data.images)[y[kept]])
     assert (y.bincount() > 900).all()
+
+
+def test_half_of_the_images_are_mirrored_and_nothing_else_changes():
+    data = dataset.load_dataset("blobs", "")
+    config = Config(num_classes=4, batch_size=1000, label_dropout=0.0)
+    ((plain, labels, *_),) = draw_batch(data, Diffusion(), config, step=0)
+    ((x0, y, *_),) = draw_batch(data, Diffusion(), config.replace(flip=True), step=0)
+    mirrored = (x0 != plain).flatten(1).any(1)
+    assert torch.equal(y, labels) and abs(mirrored.float().mean() - 0.5) < 0.05
+    assert torch.equal(x0[mirrored], plain[mirrored].flip(-1))
+
+
+def test_parts_of_a_batch_are_the_batch_and_every_step_has_its_own():
+    data, process = dataset.load_dataset("blobs", ""), Diffusion()
+    config = Config(num_classes=4, batch_size=12)
+    (whole,) = draw_batch(data, process, config, step=5)
+    parts = draw_batch(data, process, config.replace(accumulation_steps=3), step=5)
+    assert len(parts) == 3
+    assert_same(list(whole), [torch.cat(tensors) for tensors in zip(*parts)])
+    for other in (draw_batch(data, process, config, step=6), draw_batch(data, process, config.replace(seed=1), step=5)):
+        assert not torch.equal(whole[3], other[0][3])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -287,7 +308,7 @@ def test_bad_flags_are_refused_before_anything_is_written(tmp_path):
         (["--learning-rate", "nan"], "nan"),
         (["--batch-size", "0"], "batch_size is 0"),
         (["--train-steps", "-1"], "train_steps is -1"),
-        (["--dataset", "cifar"], "auto, mnist, glyphs"),
+        (["--dataset", "cifar"], "auto, mnist, fashion, kmnist, glyphs"),
         (["--dataset", "blobs", "--patch-size", "3"], "image_size 8 is not divisible by patch_size 3"),
         (["--dataset", "blobs", "--image-size", "4", "--patch-size", "4"], "smaller than"),
     ):

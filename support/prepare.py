@@ -1,0 +1,65 @@
+"""Before training: what the flags leave open is settled by the data, and by the weights that a run starts from."""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from config import PRESET_OF, Config
+from dataset import DATASETS, Dataset, load_dataset
+from loaders.sources import full_name
+from support.autoencoder import downsampling, encode_dataset, open_vae
+from support.checkpoint import settings_of
+from support.machine import choose_compile, choose_precision
+
+
+def rooted(given: dict[str, Any]) -> dict[str, Any]:
+    """Flags given, their paths from the root, so that they mean the same wherever a run goes on."""
+    paths = {name: os.path.abspath(given[name]) for name in ("vae", "init_from") if name in given}
+    names = {"dataset": full_name(given["dataset"], ("auto", *DATASETS))} if "dataset" in given else {}
+    return given | paths | names
+
+
+def preset_of(given: dict[str, Any]) -> str:
+    """The preset that flags name; where they name none, the one that suits their dataset."""
+    return given.get("preset") or PRESET_OF.get(given.get("dataset", "auto"), "pictures")
+
+
+def new_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of config.preset for a new run: the flags given, and what the weights to start from decide."""
+    given = rooted(given)
+    start = settings_of(given["init_from"]) if "init_from" in given else {}
+    changes = start | {name: value for name, value in given.items() if name != "preset"}
+    return {"name": preset_of(given), **changes}
+
+
+def suitable_patch(side: int) -> int:
+    """The patch size for images of this side: about 8 x 8 tokens, at least 7 x 7 where the side divides so."""
+    return max(patch for patch in range(1, side + 1) if side % patch == 0 and (7 * patch <= side or patch == 1))
+
+
+def prepare(config: Config, device: torch.device) -> tuple[Config, Dataset, nn.Module | None]:
+    """The data that a config names, the config as it fits them, and the autoencoder of latents, or None."""
+    vae = open_vae(config.vae, device) if config.vae else None
+    # Of a run that goes on, image_size is the latents' already; of a new one it is the images'.
+    size = config.image_size * downsampling(vae) if config.latents else config.image_size
+    data = load_dataset(config.dataset, config.data_folder, image_size=size, skip_damaged=config.skip_damaged)
+    if vae:
+        data = encode_dataset(data, vae, config.data_folder, config.flip)
+    side = data.images.shape[-1]
+    changes = dict(
+        dataset=data.name,
+        image_size=side,
+        in_channels=data.channels,
+        num_classes=data.num_classes,
+        class_names=data.class_names,
+        patch_size=config.patch_size or suitable_patch(side),
+        precision=choose_precision(config.precision, device),
+        compile=choose_compile(config.compile, config.train_steps),
+    )
+    if vae:
+        changes |= dict(latents=True, clip_x0=False)
+    if data.num_classes == 1:  # there is no other to be told from
+        changes |= dict(cfg_scale=1.0, label_dropout=0.0)
+    return config.replace(**changes), data.to(device), vae

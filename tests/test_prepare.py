@@ -1,0 +1,155 @@
+import pytest
+import torch
+from conftest import assert_one_line_error, run
+
+import train
+from config import Config, preset
+from dataset import load_dataset
+from inference import denoise
+from support.checkpoint import class_names_of, load_model
+from support.errors import UserError
+from support.files import load_file
+from support.prepare import new_settings, prepare, suitable_patch
+
+CPU = torch.device("cpu")
+TINY = ["--hidden-size", "32", "--depth", "1", "--num-heads", "2", "--batch-size", "8", "--image-size", "16"]
+TINY += ["--log-every", "5", "--warmup-steps", "5", "--sample-steps", "3", "--device", "cpu", "--precision", "fp32"]
+
+
+def fit(out_dir, *flags):
+    train.main([*TINY, "--out-dir", str(out_dir), *map(str, flags)])
+
+
+@pytest.mark.parametrize(
+    "side, patch", [(28, 4), (32, 4), (64, 8), (256, 32), (8, 1), (4, 1), (30, 3), (31, 1), (48, 6)]
+)
+def test_the_patch_gives_about_eight_tokens_a_side(side, patch):
+    assert suitable_patch(side) == patch
+
+
+def test_a_folder_is_settled_by_its_images(pictures_dir, tmp_path):
+    config = preset("pictures", dataset=str(pictures_dir), data_dir=str(tmp_path), image_size=16)
+    config, data, vae = prepare(config, CPU)
+    assert (config.image_size, config.in_channels, config.num_classes, config.patch_size) == (16, 3, 3, 2)
+    assert config.class_names == ("frog", "red fox", "whale") and vae is None and not config.latents
+    assert data.images.shape[1:] == (3, 16, 16) and config.dataset == str(pictures_dir)
+
+
+def test_the_preset_suits_the_data_unless_one_is_named(pictures_dir, monkeypatch):
+    assert new_settings({})["name"] == new_settings({"dataset": "kmnist"})["name"] == "digits"
+    assert new_settings({"dataset": "cifar10"})["name"] == "pictures"
+    monkeypatch.chdir(pictures_dir.parent)
+    named = new_settings({"dataset": pictures_dir.name, "preset": "flow"})
+    assert named == {"name": "flow", "dataset": str(pictures_dir)}  # the same wherever the run goes on
+
+
+def test_from_a_folder_to_a_strip(pictures_dir, tmp_path):
+    fit(
+        tmp_path / "run",
+        "--dataset",
+        pictures_dir,
+        "--data-dir",
+        tmp_path,
+        "--train-steps",
+        300,
+        "--learning-rate",
+        5e-3,
+        "--ema-decay",
+        0.98,
+    )
+    strip = run("inference.py", "--checkpoint", tmp_path / "run" / "model.pth", "--output", tmp_path / "strip.png")
+    assert strip.returncode == 0, strip.stderr
+    named = run("inference.py", "--checkpoint", tmp_path / "run" / "model.pth", "--labels", "frog,cat")
+    assert_one_line_error(named, "cat", "frog", "red fox", "whale")
+    model, config = load_model(tmp_path / "run" / "model.pth")
+    *_, x = denoise(
+        model, config.replace(sample_steps=20), torch.tensor([0, 1, 2] * 4), torch.Generator().manual_seed(0)
+    )
+    brightest = x.mean((2, 3)).argmax(1)
+    assert brightest.tolist() == [1, 0, 2] * 4  # a frog is green, a fox red, a whale blue
+
+
+def test_a_run_on_a_folder_is_resumed_to_the_same_bits(pictures_dir, tmp_path):
+    flags = ["--dataset", pictures_dir, "--data-dir", tmp_path, "--flip", "--lr-decay", "constant"]
+    fit(tmp_path / "whole", *flags, "--train-steps", 12)
+    fit(tmp_path / "cut", *flags, "--train-steps", 7)
+    fit(tmp_path / "cut", *flags, "--train-steps", 12, "--resume")
+    whole, cut = (load_file(tmp_path / name / "checkpoint.pth")["model"] for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_what_is_read_ahead_is_what_would_be_read(pictures_dir, tmp_path, monkeypatch):
+    flags = ["--dataset", pictures_dir, "--data-dir", tmp_path, "--train-steps", 7, "--accumulation-steps", 2]
+    fit(tmp_path / "ahead", *flags)
+
+    def in_memory(*arguments, **named):
+        data = load_dataset(*arguments, **named)
+        return data._replace(images=data.images.clone(), about=None)
+
+    monkeypatch.setattr("support.prepare.load_dataset", in_memory)
+    monkeypatch.setattr(train, "Ahead", None)
+    fit(tmp_path / "memory", *flags)
+    ahead, memory = (load_file(tmp_path / name / "checkpoint.pth")["model"] for name in ("ahead", "memory"))
+    assert all(torch.equal(ahead[name], memory[name]) for name in ahead)
+
+
+def test_one_class_has_no_labels_to_drop(pictures_dir, tmp_path):
+    config = preset("pictures", dataset=str(pictures_dir / "frog"), data_dir=str(tmp_path), image_size=16)
+    config, _, _ = prepare(config, CPU)
+    assert (config.num_classes, config.class_names, config.label_dropout, config.cfg_scale) == (1, None, 0.0, 1.0)
+
+
+def test_weights_to_start_from_bring_their_network_and_process(pictures_dir, tmp_path, capsys):
+    folder = ["--dataset", pictures_dir, "--data-dir", tmp_path]
+    fit(tmp_path / "a", *folder, "--train-steps", 20, "--preset", "flow", "--patch-size", 4, "--flip")
+    start = tmp_path / "a" / "model.pth"
+    train.main(
+        ["--init-from", str(start), *map(str, folder), "--out-dir", str(tmp_path / "b"), "--train-steps", "1"]
+        + ["--learning-rate", "1e-9", "--batch-size", "8"]
+    )
+    assert f"start      the weights of {start}, which know 3 of the classes" in capsys.readouterr().out
+    (a, config_a), (b, config_b) = load_model(start), load_model(tmp_path / "b" / "model.pth")
+    same = "process prediction patch_size hidden_size depth num_heads image_size sampler class_names".split()
+    assert all(getattr(config_a, name) == getattr(config_b, name) for name in same)
+    assert config_b.init_from == str(start) and (config_b.preset, config_b.flip) == ("pictures", False)
+    for name, tensor in a.state_dict().items():
+        assert torch.allclose(tensor, b.state_dict()[name], atol=1e-6), name
+
+
+def test_known_classes_keep_their_rows_and_new_ones_start_from_no_label(pictures_dir, tmp_path, capsys):
+    fit(tmp_path / "a", "--dataset", pictures_dir, "--data-dir", tmp_path, "--train-steps", 20)
+    other = tmp_path / "others"
+    other.mkdir()
+    for name, target in (("ape", "frog"), ("whale", "whale")):
+        (other / name).symlink_to(pictures_dir / target)
+    flags = ["--dataset", other, "--data-dir", tmp_path, "--train-steps", 1, "--learning-rate", 1e-9]
+    fit(tmp_path / "b", *flags, "--init-from", tmp_path / "a" / "model.pth")
+    assert "know 1 of the classes; new to them: ape" in capsys.readouterr().out
+    old, new = (load_model(tmp_path / name / "model.pth")[0].y_embedder.embedding_table.weight for name in "ab")
+    assert torch.allclose(new[1], old[2], atol=1e-6) and torch.allclose(new[2], old[3], atol=1e-6)
+    assert 0.01 < (new[0] - old[3]).std() < 0.03  # a little off, or all new classes would be one
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--hidden-size", "64"), ("hidden_size", "32", "64")),
+        (("--patch-size", "4"), ("patch_size", "2", "4")),
+        (("--image-size", "32"), ("image_size", "16", "32")),
+        (("--learn-sigma",), ("learn_sigma", "False", "True")),
+    ],
+)
+def test_weights_of_another_network_are_refused_with_both_numbers(flags, words, pictures_dir, tmp_path):
+    folder = ["--dataset", pictures_dir, "--data-dir", tmp_path]
+    fit(tmp_path / "a", *folder, "--train-steps", 1)
+    with pytest.raises(UserError) as error:
+        fit(tmp_path / "b", *folder, "--train-steps", 1, "--init-from", tmp_path / "a" / "model.pth", *flags)
+    assert all(word in str(error.value) for word in words) and "--init-from" in str(error.value)
+    assert not (tmp_path / "b" / "checkpoint.pth").exists()
+
+
+def test_names_of_classes_without_names_are_their_numbers():
+    assert class_names_of(Config(num_classes=3)) == ["0", "1", "2"]
+    assert class_names_of(Config(num_classes=2, class_names=("a", "b"))) == ["a", "b"]
+    with pytest.raises(UserError, match="not a name for each of 2 classes"):
+        Config(num_classes=2, class_names=("a",))
