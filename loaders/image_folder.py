@@ -94,7 +94,7 @@ def extensions() -> frozenset[str]:
 
 def hidden(name: str) -> bool:
     """Whether a file or folder is one that systems leave behind."""
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def is_image(name: str) -> bool:

@@ -110,6 +110,7 @@ def to_bytes(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float32)
         white = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
+        values[values == image.info.get("transparency", np.nan)] = white
         if not (values.min() >= 0 and values.max() <= white):  # nor with NaN
             raise UserError(f"its pixels are from {values.min():g} to {values.max():g}; save it with 8 bits a channel")
         return Image.fromarray((values / white * 255).round().astype(np.uint8))
@@ -339,7 +340,7 @@ def new_pack(folder: Path, key: str, about: dict[str, Any]) -> Iterator[NewPack]
     Raises:
         UserError: if it cannot be written (disk full, no permission); what was there before is intact.
     """
-    temporary, old = (folder.with_name(f"{folder.name}.{os.getpid()}{end}.tmp") for end in ("", ".old"))
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         about["key"] = key
@@ -350,11 +351,9 @@ def new_pack(folder: Path, key: str, about: dict[str, Any]) -> Iterator[NewPack]
         finally:
             with contextlib.suppress(OSError):  # which was raised before
                 new.file.close()
-        if folder.exists():
-            folder.rename(old)
+        shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     except OSError as error:
         raise unwritable(folder, error) from error
     finally:
-        for scrap in (temporary, old):
-            shutil.rmtree(scrap, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

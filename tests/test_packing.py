@@ -3,7 +3,10 @@ import io
 import json
 import os
 import shutil
+import struct
 import threading
+import time
+import zlib
 
 import numpy as np
 import pytest
@@ -37,6 +40,17 @@ def file_of(image: Image.Image, format: str, **options) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
+
+
+def png(width: int, height: int, bits: int, rows: bytes, transparent: bytes = b"", interlaced: int = 0) -> bytes:
+    """A grey PNG by hand; each row begins with the number of its filter, 0."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, interlaced))
+    head += chunk(b"tRNS", transparent) if transparent else b""
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def read(image) -> np.ndarray:
@@ -125,6 +139,11 @@ def test_sixteen_bits_are_scaled_not_clipped(format):
     assert read(file_of(Image.fromarray(values), format)).tolist() == [[0, 0, 1, 1, 128, 255]]
 
 
+def test_a_transparent_shade_of_sixteen_bits():
+    shades = b"\0" + struct.pack(">HH", 32768, 1000)
+    assert read(png(2, 1, 16, shades, transparent=struct.pack(">H", 1000))).tolist() == [[128, 255]]
+
+
 def test_fractions_are_of_one_or_of_255():
     assert read(file_of(Image.fromarray(np.float32([[0, 0.5, 1]])), "TIFF")).tolist() == [[0, 128, 255]]
     assert read(file_of(Image.fromarray(np.float32([[0, 1, 254.6]])), "TIFF")).tolist() == [[0, 1, 255]]
@@ -176,17 +195,8 @@ def test_the_first_frame_of_several(format):
 
 
 def test_an_interlaced_png():
-    """Two rows of Adam7, written by hand, for Pillow writes none: its seven passes of a 2 x 2 image are three."""
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", 2, 2, 8, 0, 0, 0, 1)
-    passes = bytes([0, 10, 0, 20, 0, 30, 40])  # (0, 0), then (1, 0), then row 1, each after its filter's number
-    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(passes)) + chunk(b"IEND", b"")
-    assert read(file).tolist() == [[10, 20], [30, 40]]
+    """Pillow writes none. The seven passes of a 2 x 2 image are three: (0, 0), then (1, 0), then row 1."""
+    assert read(png(2, 2, 8, bytes([0, 10, 0, 20, 0, 30, 40]), interlaced=1)).tolist() == [[10, 20], [30, 40]]
 
 
 # Bad images
@@ -291,16 +301,18 @@ def test_images_come_in_order_whichever_is_done_first(tmp_path):
 
 
 def test_few_images_are_held_at_once(tmp_path):
-    """One is not opened before those long before it are on the disk."""
-    ahead = []
+    """While the first is not done, only so many more are begun."""
+    begun = set()
 
     def open_image(i: int) -> Image.Image:
-        file = next(tmp_path.rglob("images.npy"))
-        ahead.append(i - file.stat().st_size // (3 * 64 * 64))
-        return noise(64, 64)
+        begun.add(i)
+        if i == 0:
+            time.sleep(0.5)
+            begun.add(-max(begun))  # how far the others are by then
+        return Image.new("L", (8, 8))
 
-    pack(source_of(*[None] * 1000)._replace(open=open_image), tmp_path / "train", 64)
-    assert max(ahead) < 10 * min(os.cpu_count() or 1, 32) + 20
+    pack(source_of(*[None] * 2000)._replace(open=open_image), tmp_path / "train", 8)
+    assert max(begun) == 1999 and min(begun) > -10 * min(os.cpu_count() or 1, 32) - 10
 
 
 def test_grey_images_take_one_channel_even_if_their_files_have_three(tmp_path):
@@ -313,10 +325,11 @@ def test_grey_images_take_one_channel_even_if_their_files_have_three(tmp_path):
 
 
 def test_one_coloured_image_makes_three_channels(tmp_path):
-    last = Image.new("RGB", (16, 16))
-    last.putpixel((3, 3), (0, 0, 1))
-    images = pack(source_of(*[noise(16, 16, 1)] * 20, last), tmp_path / "train", 16).images
-    assert images.shape == (21, 3, 16, 16) and images[20, 2, 3, 3] == 1
+    coloured = Image.new("RGB", (16, 16))
+    coloured.putpixel((3, 3), (0, 0, 1))
+    grey = [noise(16, 16, 1)] * 10
+    images = pack(source_of(*grey, coloured, *grey), tmp_path / "train", 16).images
+    assert images.shape == (21, 3, 16, 16) and images[10, :, 3, 3].tolist() == [0, 0, 1]
     assert torch.equal(images[0, 0], images[0, 2])
 
 
@@ -327,20 +340,21 @@ def test_the_test_part_takes_the_channels_of_the_training_part(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("shapes", "size"),
+    ("shapes", "size", "same"),
     [
-        ([(28, 28)] * 3, 28),
-        ([(64, 64)] * 3, 64),
-        ([(65, 65)] * 3, 64),
-        ([(28, 28)] * 2 + [(27, 27)], 64),
-        ([(28, 30)] * 3, 64),
-        ([(200, 100), (28, 28)], 64),
+        ([(28, 28)] * 3, 28, True),
+        ([(64, 64)] * 3, 64, True),
+        ([(65, 65)] * 3, 64, False),
+        ([(28, 28)] * 2 + [(27, 27)], 64, False),
+        ([(28, 30)] * 3, 64, False),
+        ([(200, 100), (28, 28)], 64, False),
     ],
 )
-def test_the_size_is_the_images_own_or_64_said_aloud(shapes, size, tmp_path, capsys):
+def test_the_size_is_the_images_own_or_64_said_aloud(shapes, size, same, tmp_path, capsys):
     found = pack(source_of(*[Image.new("RGB", shape) for shape in shapes]), tmp_path / "train", None)
     assert found.images.shape[2:] == (size, size)
-    assert f" {size} x {size} " in capsys.readouterr().err
+    words = f"keep their {size} x {size} pixels" if same else "are brought to 64 x 64 pixels"
+    assert words in capsys.readouterr().err
     assert pack(source_of(Image.new("RGB", (50, 40))), tmp_path / "other", 20).images.shape[2:] == (20, 20)
     assert capsys.readouterr().err == ""
 
@@ -385,6 +399,22 @@ def test_a_damaged_pack_is_made_anew(name, content, tmp_path):
     assert np.array_equal(pack(source, folder, 16).images[0].permute(1, 2, 0), noise(16, 16))
     path.write_bytes(path.read_bytes()[:-1])
     assert np.array_equal(pack(source, folder, 16).images[0].permute(1, 2, 0), noise(16, 16))
+
+
+def test_a_pack_with_more_labels_than_images_is_made_anew(tmp_path):
+    pack(source_of(noise(16, 16)), tmp_path / "train", 16)
+    np.save(tmp_path / "train" / "labels.npy", np.zeros(2, np.int64))
+    assert pack(source_of(noise(16, 16)), tmp_path / "train", 16).labels.tolist() == [0]
+
+
+def test_the_map_is_taken_without_a_warning(tmp_path, recwarn):
+    usual = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # not the first time alone
+    try:
+        pack(source_of(noise(16, 16)), tmp_path / "train", 16)
+    finally:
+        torch.set_warn_always(usual)
+    assert not list(recwarn)
 
 
 def test_what_a_killed_run_left_is_cleared(tmp_path):
@@ -482,16 +512,17 @@ def test_a_pack_that_fails_keeps_the_one_before(tmp_path):
 
 def test_a_pack_larger_than_memory_can_be_mapped(tmp_path):
     """Its file has a hole where the images would be."""
-    pack(source_of(noise(64, 64)), tmp_path / "train", 64)
-    about = json.loads((tmp_path / "train" / "pack.json").read_text())
-    count = 4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (64 * 64 * 3)
+    with new_pack(tmp_path / "train", "key", {"class_names": []}) as new:
+        new.add(np.zeros((1, 3, 256, 256), np.uint8), [0])
+    size = 3 * 256 * 256
+    count = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // size
     with open(tmp_path / "train" / "images.npy", "r+b") as file:
-        shape = (count, 3, 64, 64)
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        head = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, 256, 256)}
+        np.lib.format.write_array_header_1_0(file, head)
         try:
-            file.truncate(128 + count * 64 * 64 * 3)
+            file.truncate(128 + count * size)
         except OSError:
             pytest.skip("the file system has no files with holes so large")
     np.save(tmp_path / "train" / "labels.npy", np.zeros(count, np.int64))
-    found = read_pack(tmp_path / "train", about["key"])
+    found = read_pack(tmp_path / "train", "key")
     assert len(found.images) == count and found.images[count - 1].sum() == 0
