@@ -37,9 +37,9 @@ WHAT = (
 AT_A_TIME = 2**16  # pixels that are encoded or decoded together, for an autoencoder takes much memory
 
 # How a small one is trained.
-BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 32, 2e-3, 50
+BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 16, 3e-3, 50
 KL_WEIGHT = 1e-3  # of a squared error and a divergence that are both sums over an image
-WIDTHS = (16, 32, 64)  # channels at full size, half, and all that is smaller
+WIDTHS = (16, 32, 32)  # channels at full size, half, and all that is smaller
 GROUPS = 2  # of channels that are normalised together: many would hide how bright and how colourful an image is
 
 
@@ -271,14 +271,14 @@ def main(argv: list[str] | None = None) -> None:
     basics = parser.group("basics")
     parser.add_fields("dataset", "data_dir", "image_size", "skip_damaged", title="basics")
     basics.add_argument("--out-dir", metavar="DIR", help="the folder to write: the autoencoder and reconstruction.png")
-    parser.add_number("--train-steps", f"steps of {BATCH_SIZE} images (default: 2000)", "basics")
+    parser.add_number("--train-steps", f"steps of {BATCH_SIZE} images (default: 4000)", "basics")
     parser.add_number("--latent-channels", "channels of a latent (default: 4)", "basics", most=64)
     sides = "pixels a side that become one latent (default: 4)"
     basics.add_argument("--downsample", type=int, choices=(2, 4, 8, 16), help=sides)
     parser.add_fields("seed", "device", title="basics")
     given = vars(parser.parse_args(argv))
     channels, downsample = given.pop("latent_channels", 4), given.pop("downsample", 4)
-    steps, folder = given.pop("train_steps", 2000), given.pop("out_dir", None)
+    steps, folder = given.pop("train_steps", 4000), given.pop("out_dir", None)
     if not folder:
         raise UserError("--out-dir is missing: name the folder to write the autoencoder in")
     config = Config(**given, patch_size=None)  # which need not divide the size of these images
