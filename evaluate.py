@@ -192,24 +192,20 @@ def read_npz(path: str) -> tuple[Tensor, Tensor | None]:
     return images, None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
 
-def load_both(name: str, data_dir: Path, image_size: int | None = None) -> tuple[Dataset, Dataset]:
+def load_both(name: str, data_dir: Path, image_size: int | None, skip_damaged: bool) -> tuple[Dataset, Dataset]:
     """The training and the test part of a dataset; UserError where the second is not of the first's kind.
 
     Args:
         image_size: to pad images to, or to bring them to where they are image files.
     """
-    train = load_dataset(name, data_dir, image_size=image_size)
-    test = load_dataset(train.name, data_dir, train=False, image_size=image_size)
+    options = dict(image_size=image_size, skip_damaged=skip_damaged)
+    train = load_dataset(name, data_dir, **options)
+    test = load_dataset(train.name, data_dir, train=False, **options)
     kinds = [f"{len(part.images[0])} channels of {part.size[0]} x {part.size[1]}" for part in (train, test)]
     if kinds[0] != kinds[1] or test.labels.max() > train.labels.max():
         labels = [f"labels up to {part.labels.max()}" for part in (train, test)]
         raise UserError(f"dataset {name}: to train {kinds[0]}, {labels[0]}; to test {kinds[1]}, {labels[1]}")
     return train, test
-
-
-def load_comparable(name: str, data_dir: Path, shape: tuple[int, int, int]) -> tuple[Dataset, Dataset]:
-    """load_both for images (C, H, W): image files are brought to their size, arrays have one of their own."""
-    return load_both(name, data_dir, None if name in DATASETS else max(shape[1:]))
 
 
 def crop(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -282,18 +278,20 @@ def report_bits(given: dict, data_dir: Path) -> dict:
     device = choose_device(given.pop("device", "auto"))
     model, config = load_model(checkpoint, device, given.pop("published", None))
     name, seed = given.pop("dataset", config.dataset), given.pop("seed", config.seed)
+    skip_damaged = given.pop("skip_damaged", config.skip_damaged)
     refuse_others(given, "--bits-per-dim")
     process = build_process(config)
     if not isinstance(process, Diffusion):
         raise UserError(f"--bits-per-dim is a bound of diffusions; {checkpoint} is a model of {config.process}")
     if config.latents:
         raise UserError(f"--bits-per-dim is a bound for pixels; {checkpoint} is a model of latents")
-    train, test = load_both(name, data_dir, model.image_size)
+    train, test = load_both(name, data_dir, model.image_size, skip_damaged)
     check_model(model, (model.in_channels, model.image_size, model.image_size), train, checkpoint)
     check_limits("bits_per_dim", count, most=len(test.labels))  # as many as there are test images
     generator = torch.Generator(device).manual_seed(seed)
     bits = []
-    for images, y in zip(test.images[:count].split(500), test.labels[:count].split(500)):
+    for index in mixed_order(test.labels)[:count].split(500):
+        images, y = test.images[index], test.labels[index]
         bits.append(bits_per_dim(process, model, normalize(images.to(device)), y.to(device), generator))
     # The margin of a padded image takes bits too, but is no data: all bits are shared out among the data's own pixels.
     bits = torch.cat(bits) * model.image_size**2 / math.prod(test.size)
@@ -341,6 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     basics.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_fields("dataset", default="the checkpoint's, or mnist for an .npz")
     parser.add_fields("data_dir")
+    parser.add_fields("skip_damaged", default="the checkpoint's")
     parser.add_fields(*SAMPLING, "seed", default="the checkpoint's", title="sampling")
     parser.add_fields("device", title="machine")
     parser.group("network").add_argument("--vae", metavar="DIR", help="folder of the autoencoder of a model of latents")
@@ -357,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--inception {inception} would change nothing without --fid; leave it out, or add that")
     device = choose_device(given.pop("device", "auto") if fid or not npz else "cpu")
     if npz:
-        name = given.pop("dataset", "mnist")
+        name, skip_damaged = given.pop("dataset", "mnist"), given.pop("skip_damaged", False)
         refuse_others(given, "the images of --npz")
         images, labels = read_npz(npz)
         shape, num_samples = tuple(images.shape[1:]), len(images)
@@ -369,12 +368,13 @@ def main(argv: list[str] | None = None) -> None:
             check_limits("num_samples", num_samples, most=HELD_OUT)  # there are no more unseen real images
         seeds, folder = given.pop("seeds", 1), given.pop("vae", None)
         model, config = load_model(checkpoint, device, given.pop("published", None))
-        vae = load_vae(folder or config.vae, config, device)
+        vae = load_vae(folder, config, device)
         config = config.replace(**given)
-        name, shape = config.dataset, shape_drawn(model, vae, device)
+        name, skip_damaged, shape = config.dataset, config.skip_damaged, shape_drawn(model, vae, device)
         check_limits("seed + seeds", config.seed + seeds, most=2**32)  # as Config limits a seed
 
-    train, test = load_comparable(name, data_dir, shape)
+    # Image files are brought to the size of what is compared with them; arrays have one of their own.
+    train, test = load_both(name, data_dir, None if name in DATASETS else max(shape[1:]), skip_damaged)
     if npz:
         check_fit(shape, labels, train)
     else:

@@ -27,7 +27,7 @@ from support.command_line import Parser, Progress, counted, parse_labels, run_sc
 from support.errors import UserError
 from support.files import check_path, writing
 from support.machine import check_memory, choose_device
-from support.pictures import frames_shown, save_gif, save_png, save_png_dir, save_strip
+from support.pictures import check_png_dir, frames_shown, save_gif, save_png, save_png_dir, save_strip
 from support.published import PUBLISHED
 
 BATCH_SIZE, MOST_TOKENS = 500, 50_000  # of what is drawn at a time; part of what a seed means
@@ -121,6 +121,8 @@ def main(argv: list[str] | None = None) -> None:
     for flag, path, suffix in (("--output", output, ".png"), ("--gif", gif, ".gif"), ("--npz", npz, ".npz")):
         if path:
             check_path(flag, path, suffix)
+    if png_dir:
+        check_png_dir(png_dir)
 
     device = choose_device(given.pop("device", "auto"))
     model, config = load_model(given.pop("checkpoint", ROOT / "model.pth"), device, given.pop("published", None))
@@ -151,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         with writing(npz) as file:
             np.savez(file, denormalize(images).permute(0, 2, 3, 1).cpu().numpy(), y.cpu().numpy())
     if png_dir:
-        save_png_dir(images, png_dir)
+        save_png_dir(images, y.tolist(), png_dir, config.class_names)
     if gif:
         save_gif([frames[i] for i in film], gif)
     shown_as = [names[label] for label in y.tolist()]

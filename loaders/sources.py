@@ -36,7 +36,7 @@ def full_name(name: str, arrays: Iterable[str] = ()) -> str:
 def open_source(name: str, data_dir: Path, train: bool) -> Source:
     """The image files of one part, training or test, of a data set."""
     if name.startswith("hf:"):
-        return open_hub(name.removeprefix("hf:"), data_dir, train)
+        return open_hub(name, data_dir, train)
     if name in SOURCES:
         return SOURCES[name](name, data_dir, train)
     return (open_folder if Path(name).is_dir() else open_zip)(name, data_dir, train)

@@ -37,9 +37,10 @@ WHAT = (
 AT_A_TIME = 2**16  # pixels that are encoded or decoded together, for an autoencoder takes much memory
 
 # How a small one is trained.
-BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 32, 2e-3, 50
+BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 16, 3e-3, 50
 KL_WEIGHT = 1e-3  # of a squared error and a divergence that are both sums over an image
-WIDTHS = (16, 32, 64)  # channels at full size, half, and all that is smaller
+WIDTHS = (16, 32, 32)  # channels at full size, half, and all that is smaller
+GROUPS = 2  # of channels that are normalised together: many would hide how bright and how colourful an image is
 
 
 def load_vae(folder: str | None, config: Config, device: str | torch.device = "cpu") -> nn.Module | None:
@@ -195,7 +196,7 @@ def build_vae(image_size: int, latent_channels: int, downsample: int) -> nn.Modu
         down_block_types=["DownEncoderBlock2D"] * len(widths),
         up_block_types=["UpDecoderBlock2D"] * len(widths),
         latent_channels=latent_channels,
-        norm_num_groups=8,
+        norm_num_groups=GROUPS,
         mid_block_add_attention=False,
         sample_size=image_size,
     )
@@ -268,26 +269,26 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("Train a small autoencoder, for models of latents, on the images of a data set.")
     parser.usage = "python -m support.autoencoder --out-dir DIR [--flag value ...]"
     basics = parser.group("basics")
-    parser.add_fields("dataset", "data_dir", "image_size", title="basics")
+    parser.add_fields("dataset", "data_dir", "image_size", "skip_damaged", title="basics")
     basics.add_argument("--out-dir", metavar="DIR", help="the folder to write: the autoencoder and reconstruction.png")
-    parser.add_number("--train-steps", f"steps of {BATCH_SIZE} images (default: 2000)", "basics")
+    parser.add_number("--train-steps", f"steps of {BATCH_SIZE} images (default: 4000)", "basics")
     parser.add_number("--latent-channels", "channels of a latent (default: 4)", "basics", most=64)
     sides = "pixels a side that become one latent (default: 4)"
     basics.add_argument("--downsample", type=int, choices=(2, 4, 8, 16), help=sides)
     parser.add_fields("seed", "device", title="basics")
     given = vars(parser.parse_args(argv))
-    if "out_dir" not in given:
+    channels, downsample = given.pop("latent_channels", 4), given.pop("downsample", 4)
+    steps, folder = given.pop("train_steps", 4000), given.pop("out_dir", None)
+    if not folder:
         raise UserError("--out-dir is missing: name the folder to write the autoencoder in")
-    folder, steps = Path(given["out_dir"]), given.get("train_steps", 2000)
-    config = Config(**{name: given[name] for name in ("dataset", "data_dir", "seed", "device") if name in given})
+    config = Config(**given, patch_size=None)  # which need not divide the size of these images
     device, generator = choose_device(config.device), torch.Generator().manual_seed(config.seed)
-    with writing_folder(folder) as temporary:
-        train, test = (
-            load_dataset(config.dataset, config.data_folder, part, given.get("image_size")).images
-            for part in (True, False)
-        )
+    settings = dict(image_size=config.image_size, skip_damaged=config.skip_damaged)
+    with writing_folder(Path(folder)) as temporary:
+        train = load_dataset(config.dataset, config.data_folder, **settings).images
+        test = load_dataset(config.dataset, config.data_folder, train=False, **settings).images
         torch.manual_seed(config.seed)
-        vae = build_vae(train.shape[-1], given.get("latent_channels", 4), given.get("downsample", 4)).to(device)
+        vae = build_vae(train.shape[-1], channels, downsample).to(device)
         train_vae(vae, train, steps, generator)
         set_scale(vae, train[torch.randint(len(train), (2000,), generator=generator)], generator)
         report(vae, test, temporary / "reconstruction.png")

@@ -116,8 +116,11 @@ def save_gif(frames: list[Tensor], path: str | Path) -> None:
 
 
 def save_png(images: Tensor, path: str | Path, columns: int, labels: list[str] | None = None) -> None:
-    """Images (N, C, H, W) in [-1, 1] as a grid; with a label for each, in rows of one label, which stands beside."""
-    if labels:
+    """Images (N, C, H, W) in [-1, 1] as a grid; with a label for each, in rows of one label, which stands beside.
+
+    There are no such rows where the labels are so many that the picture would be a narrow column.
+    """
+    if labels and len(set(labels)) <= 4 * columns:
         images, names = by_label(images, labels, columns)
         picture = named(Image.fromarray(mosaic(images, len(images) // len(names))), names)
     else:

@@ -20,7 +20,7 @@ def print_summary(config: Config, model: nn.Module, data: Dataset, device: torch
     images = f"{len(data.images):,} images of {tuple(data.images.shape[1:])}"
     options = ("prediction", *OPTIONS[config.process], "time_sampling", "time_mean")
     print(f"device     {device}, {config.precision}, {torch.get_num_threads()} threads, compile {config.compile}")
-    print(f"data       {data.name}: {images}, {config.num_classes} labels")
+    print(f"data       {shown(data.name)}: {images}, {config.num_classes} labels")
     print(f"model      {parameters:,} parameters: hidden {config.hidden_size}, depth {config.depth}, {config.block}")
     print(f"process    {config.process}: " + ", ".join(f"{name} {getattr(config, name)}" for name in options))
     print(f"steps      {step:,} of {config.train_steps:,} done, {config.batch_size} images each")

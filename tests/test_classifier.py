@@ -3,9 +3,20 @@
 import pytest
 import torch
 
-from dataset import load_dataset
+from dataset import load_dataset, normalize
 from support import classifier
-from support.classifier import MNIST, Classifier, checksum, judge_of, kept_judge, load_classifier
+from support.classifier import (
+    MNIST,
+    Classifier,
+    as_judged,
+    checksum,
+    judge_of,
+    kept_judge,
+    load_classifier,
+    mirror_and_shift,
+    quarter_turns,
+    split_training,
+)
 from support.errors import UserError
 from support.files import load_file, save_file
 
@@ -142,3 +153,92 @@ def test_a_classifier_that_is_not_finite_judges_nothing(name, tmp_path, blocks, 
     judge.state_dict()[name][0] = float("nan")
     with pytest.raises(UserError, match="answers are not finite"):
         judge.read(blocks[0])
+
+
+def test_of_shuffled_data_the_last_images_are_held_out():
+    labels = torch.randint(10, (60_000,), generator=torch.Generator().manual_seed(0))
+    for count, learnt, cut in ((60_000, 50_000, 50_000), (50_000, 40_000, 40_000), (450, 360, 360), (2, 1, 1)):
+        parts = split_training(labels[-count:])
+        assert parts[0].equal(torch.arange(learnt)) and parts[1].equal(torch.arange(cut, count))
+    parts = split_training(labels.repeat(2))
+    assert parts[0].equal(torch.arange(50_000)) and parts[1].equal(torch.arange(110_000, 120_000))
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.arange(5000) // 500,
+        9 - torch.arange(5000) // 500,
+        torch.arange(5000) // 50 % 10,  # as in several files, each in order of its classes
+        torch.zeros(5000).long(),
+    ],
+)
+def test_of_data_in_order_any_images_are_held_out_always_the_same(labels):
+    learnt, held_out = split_training(labels)
+    assert len(held_out) == 1000 and torch.cat([learnt, held_out]).sort().values.equal(torch.arange(5000))
+    share = labels[held_out].bincount() / labels.bincount()
+    assert share.min() > 0.15 and share.max() < 0.25
+    assert held_out.float().mean().item() == pytest.approx(2500, abs=150)
+    assert all(map(torch.equal, split_training(labels), (learnt, held_out)))
+
+
+def test_of_one_class_the_judge_learns_quarter_turns(tmp_path, blocks):
+    images = blocks[0].clone() // 5
+    images[:, :, :3] += 200  # light above
+    judge = judge_of("sky", tmp_path, images, torch.zeros(600).long())
+    turned, turns = quarter_turns(images, torch.Generator().manual_seed(0))
+    assert judge.head.out_features == 4 and turns.unique().tolist() == [0, 1, 2, 3]
+    assert (judge.read(turned)[1].argmax(1) == turns).float().mean() > 0.95
+    back = torch.stack([image.rot90(-k, (1, 2)) for image, k in zip(turned, turns.tolist())])
+    assert back.equal(images)
+    assert quarter_turns(images[:, :, :5], torch.Generator())[0].shape == (600, 1, 5, 5)
+
+
+def test_a_judge_of_colours_learns_and_is_read_again(tmp_path, blocks):
+    _, labels = blocks
+    images = torch.randint(120, (600, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+    images[labels == 1, 2] += 100  # bluer
+    judge = judge_of("sky", tmp_path, images, labels)
+    assert (judge.read(images)[1].argmax(1) == labels).float().mean() > 0.95
+    again, _ = load_classifier(kept_judge("sky", tmp_path, checksum(images, labels)))
+    assert torch.allclose(again.read(images)[0], judge.read(images)[0])
+    assert judge.convolutions[0].stride == (2, 2) and Classifier(1, 2).convolutions[0].stride == (1, 1)
+
+
+def test_photographs_are_mirrored_and_shifted_by_whole_pixels_and_no_more():
+    x = normalize(torch.randint(256, (200, 3, 12, 20), generator=torch.Generator().manual_seed(0)).byte())
+    y = mirror_and_shift(x, torch.Generator().manual_seed(0))
+    found = set()
+    for before, after in zip(x, y):
+        for mirrored in (False, True):
+            source = before.flip(2) if mirrored else before
+            for down in (-1, 0, 1):
+                for right in (-2, -1, 0, 1, 2):
+                    moved = source.roll((down, right), (1, 2))[:, 1:-1, 2:-2]  # what did not come in at an edge
+                    if torch.allclose(moved, after[:, 1:-1, 2:-2], atol=1e-6):
+                        found.add((mirrored, down, right))
+                        break
+    assert len(found) == 2 * 3 * 5
+
+
+def test_large_images_are_judged_reduced_and_small_ones_as_they_are():
+    images = torch.randint(256, (2, 3, 200, 100), generator=torch.Generator().manual_seed(0)).byte()
+    reduced = as_judged(images)
+    assert reduced.shape == (2, 3, 64, 32)
+    assert reduced.std() < normalize(images).std() / 2  # averaged, not picked
+    assert reduced.mean().item() == pytest.approx(normalize(images).mean().item(), abs=0.01)
+    small = images[:, :, :64, :64]
+    assert as_judged(small).equal(normalize(small))
+    for shape in ((1, 1, 1), (1, 3, 5), (3, 1, 1), (3, 3, 70)):
+        features, logits = Classifier(shape[0], 2).eval().read(torch.zeros(2, *shape).byte())
+        assert features.shape == (2, 128) and logits.shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "name", ["/home/me/cats", "cats.zip", "hf:me/cats", "../../cats", "c:\\cats", "cats" * 99, "/"]
+)
+def test_a_judge_is_kept_in_the_data_folder_whatever_the_data_are_called(name, tmp_path, blocks, trained):
+    judge_of(name, tmp_path / "data", *blocks)
+    (path,) = (tmp_path / "data" / "judges").iterdir()
+    assert "cats" in path.name or name == "/"
+    assert judge_of(name, tmp_path / "data", *blocks) and len(trained) == 1

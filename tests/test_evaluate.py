@@ -1,15 +1,20 @@
 import csv
 import json
+import sys
+import zipfile
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_dit
+from PIL import Image
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
 import dataset
 import evaluate
+import inference
 from config import SAMPLERS, Config
 from dataset import load_dataset
 from dit import DiT
@@ -20,7 +25,14 @@ from support.checkpoint import load_model, model_config
 from support.classifier import judge_of
 from support.errors import UserError
 from support.files import load_file, save_file
-from support.metrics import frechet_distance, inception_score, kth_neighbour, nearest_distance, share_within
+from support.metrics import (
+    frechet_distance,
+    inception_distance,
+    inception_score,
+    kth_neighbour,
+    nearest_distance,
+    share_within,
+)
 
 
 class Features(torch.nn.Module):
@@ -301,7 +313,7 @@ def test_a_checkpoint_that_does_not_fit_the_data_is_refused(tmp_path, small):
         *of(in_channels=3)
     )
     assert "images of 4 x 4 pixels" in refusal(*of(image_size=4))
-    assert "dataset 'big' is not one of auto, mnist, glyphs, small" in refusal(*of(name="big"))
+    assert "dataset 'big' is not one of auto, mnist," in refusal(*of(name="big"))
     small(name="other", shape=(1, 10, 10))
     assert "images of 8 x 8 pixels and 1 channels do not compare with other's" in refusal(*of(), "--dataset", "other")
     small(name="other", classes=2)
@@ -383,6 +395,19 @@ def test_bits_are_shared_out_among_the_dimensions_of_the_data_without_margin(
     assert report["standard_error"] == pytest.approx(0.01 * times / 3)  # the deviation is .01 (10 / 9)^(1/2)
 
 
+def test_the_bits_of_a_part_of_data_in_order_are_of_all_classes(tmp_path, small, monkeypatch):
+    parts, seen = in_order((1, 8, 8), (500, 100), 5), []
+    small(**parts)
+    monkeypatch.setattr(
+        evaluate, "bits_per_dim", lambda process, model, x, y, rng: seen.append((x, y)) or x[:, 0, 0, 0]
+    )
+    evaluate.main(["--checkpoint", str(save_model(tmp_path / "model.pth", num_classes=5)), "--bits-per-dim", "40"])
+    ((x, y),) = seen
+    assert y.bincount(minlength=5).min() > 3
+    brightness = (x.mean((1, 2, 3)) + 1) * 127.5
+    assert torch.equal((brightness - 15).div(44).round().long(), y)  # the images are those of the labels
+
+
 def test_a_margin_that_is_known_adds_no_bits_to_those_of_the_data(tmp_path, small, monkeypatch):
     """A network that knows it, and of the data nothing, needs as many bits for a padded image as for a bare one."""
     reports = []
@@ -425,6 +450,287 @@ def test_bits_per_dim_of_a_checkpoint(tmp_path, mnist_dir, capsys, monkeypatch):
     save_file({"model": random_dit(**sizes).state_dict(), "config": flow}, tmp_path / "model.pth")
     with pytest.raises(UserError, match="is a bound of diffusions"):
         evaluate.main([*flags, "--bits-per-dim", "3"])
+
+
+def table(capsys, tmp_path, *flags) -> tuple[dict, str, str]:
+    """What evaluate.py writes as JSON, prints, and notes on stderr."""
+    capsys.readouterr()
+    evaluate.main([*map(str, flags), "--json", str(tmp_path / "table.json")])
+    return json.loads((tmp_path / "table.json").read_text()), *capsys.readouterr()
+
+
+def in_order(shape, counts, classes):
+    """Two parts of data in order of classes, as folders are: of brightness and a little noise."""
+    parts = {}
+    for name, count in zip(("train", "test"), counts):
+        labels = torch.arange(count) * classes // count
+        noise = torch.randint(30, (count, *shape), generator=torch.Generator().manual_seed(count))
+        parts[name] = (noise + 220 // classes * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels
+    return parts
+
+
+def black_images(monkeypatch) -> list:
+    """Has every model draw them; the labels asked for are kept in the list."""
+    asked = []
+
+    def draw(model, config, y, *_):
+        asked.append(y)
+        return torch.zeros(len(y), model.in_channels, 8, 8).byte(), 1.0
+
+    monkeypatch.setattr(evaluate, "timed_draw", draw)
+    return asked
+
+
+def test_of_a_hundred_images_the_nearest_distance_alone_is_told(tmp_path, small, capsys):
+    small(**in_order((3, 8, 8), (90, 10), 5))
+    path = save_model(tmp_path / "model.pth", in_channels=3, num_classes=5)
+    report, out, _ = table(capsys, tmp_path, "--checkpoint", path)
+    assert report["real"].keys() == {"nearest"} and report["real"]["nearest"] > 0
+    assert report["images"] == 50 and "FD ratio" not in report and not (tmp_path / "judges").exists()
+    assert "small has 90 training and 10 test images: too few for a judge, and so for accuracy, FD, IS" in out
+    assert "to 72 training images; the real ones are 18 others" in out
+    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["generated", "nearest"]
+    small(**in_order((3, 8, 8), (1, 1), 1))
+    save_model(path, in_channels=3, num_classes=1)
+    assert "small has one training image" in refusal("--checkpoint", path)
+    small(**in_order((3, 8, 8), (2, 1), 1))
+    assert table(capsys, tmp_path, "--checkpoint", path)[0]["real"]["nearest"] > 0
+
+
+def test_of_five_hundred_images_in_order_of_classes_all_is_told_at_equal_counts(tmp_path, small, capsys, monkeypatch):
+    small(**in_order((3, 8, 8), (450, 50), 5))
+    asked, read, usual = black_images(monkeypatch), [], classifier.Classifier.read
+    monkeypatch.setattr(classifier.Classifier, "read", lambda self, x: read.append(len(x)) or usual(self, x))
+    path = save_model(tmp_path / "model.pth", in_channels=3, num_classes=5)
+    report, out, err = table(capsys, tmp_path, "--checkpoint", path)
+    assert report["images"] == 50 and read == [50, 50, 50]  # test, held-out and drawn images
+    assert report["real"].keys() == {"accuracy", "FD", "IS", "precision", "recall", "nearest"}
+    right = report["real"]["accuracy"]  # of a judge of random weights
+    assert f"compared with 50 test images, by a judge that reads {right:.1%} of 50 real images right" in out
+    assert right < 0.8 and f"reads {right:.1%} of 50 real images right: with less than 80% accuracy means little" in err
+    assert asked[0].bincount().tolist() == [10] * 5
+
+
+def test_of_more_images_in_order_a_part_is_of_all_classes(tmp_path, small, monkeypatch, capsys):
+    small(**in_order((1, 8, 8), (500, 250), 5))
+    monkeypatch.setattr(evaluate, "judge_of", lambda *_: ByBrightness())
+    asked = black_images(monkeypatch)
+    path = save_model(tmp_path / "model.pth", num_classes=5)
+    report, out, err = table(capsys, tmp_path, "--checkpoint", path, "--num-samples", 60)
+    assert report["images"] == 60 and "compared with 60 test images" in out
+    assert asked[0].bincount(minlength=5).min() > 4
+    # Both real parts are of all classes: of others their brightness would be far apart.
+    assert report["real"]["FD"] < 500 < report["generated"][0]["FD"]
+
+
+class ByBrightness(classifier.Classifier):
+    """A judge whose features are brightness alone."""
+
+    def __init__(self):
+        super().__init__(1, 5)
+
+    def read(self, images):
+        bright = images.float().mean((1, 2, 3), keepdim=False)[:, None]
+        return bright.expand(-1, 2) + torch.arange(2), -(bright - 44 * torch.arange(5) - 15).abs()
+
+
+def test_a_judge_that_reads_well_is_not_doubted(tmp_path, small, monkeypatch, capsys):
+    small(**in_order((1, 8, 8), (500, 250), 5))
+    monkeypatch.setattr(evaluate, "judge_of", lambda *_: ByBrightness())
+    report, out, err = table(capsys, tmp_path, "--checkpoint", save_model(tmp_path / "model.pth", num_classes=5))
+    assert report["real"]["accuracy"] == 1 and not err
+    assert "by a judge that reads 100.0% of 100 real images right" in out
+
+
+def test_without_classes_the_judge_is_of_quarter_turns(tmp_path, small, capsys):
+    small(classes=1)
+    path = save_model(tmp_path / "model.pth", num_classes=1)
+    report, out, err = table(capsys, tmp_path, "--checkpoint", path)
+    assert report["real"].keys() == {"FD", "precision", "recall", "nearest"} and report["FD ratio"] > 0
+    assert "of 100 real images by how many quarters they were turned\nThere is one class, and so no accuracy" in out
+    assert "with less than 80% its features mean little" in err  # a judge of random weights
+    np.savez(tmp_path / "s.npz", np.zeros((60, 8, 8, 1), np.uint8))
+    report, out, _ = table(capsys, tmp_path, "--npz", tmp_path / "s.npz", "--dataset", "small")
+    assert report["images"] == 60 and "accuracy" not in report["generated"][0]
+
+
+class MeanColours(torch.nn.Module):
+    """In the place of Inception: the mean and the first pixel of each colour, which are few features."""
+
+    num_features = 6
+
+    def forward(self, x):
+        assert x.dtype == torch.uint8 and x.shape[1] == 3
+        return torch.cat([x.float().mean((2, 3)), x[:, :, 0, 0].float()], dim=1)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    asked = []
+
+    def distance(*given):
+        asked.append(given)
+        return FrechetInceptionDistance(feature=MeanColours(), reset_real_features=False)
+
+    monkeypatch.setattr(evaluate, "inception_distance", distance)
+    return asked
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fid_is_of_all_training_images_with_test_images_beside(channels, tmp_path, small, capsys, stand_in):
+    small((channels, 8, 8))
+    images = torch.randint(256, (200, channels, 8, 8), generator=torch.Generator().manual_seed(2)).byte()
+    np.savez(tmp_path / "s.npz", images.permute(0, 2, 3, 1).numpy())
+    flags = (
+        "--npz",
+        tmp_path / "s.npz",
+        "--dataset",
+        "small",
+        "--fid",
+        "--inception",
+        "weights.pth",
+        "--device",
+        "cpu",
+    )
+    report, out, err = table(capsys, tmp_path, *flags)
+    train, test = (load_dataset("small", "", train=part).images for part in (True, False))
+    features = [MeanColours()(part.expand(-1, 3, -1, -1)) for part in (train, images, test)]
+    if channels == 3:  # grey has the same features thrice, whose covariance has roots that only float64 tells from 0
+        assert report["generated"][0]["FID"] == pytest.approx(frechet_distance(features[1], features[0]), rel=1e-3)
+        assert report["real"]["FID"] == pytest.approx(frechet_distance(features[2], features[0]), rel=1e-3)
+    assert report["generated"][0]["FID"] > 20 * report["real"]["FID"]
+    assert stand_in == [("weights.pth", torch.device("cpu"))]
+    assert report["images"] == 200 and not (tmp_path / "judges").exists()
+    assert "compared with all 500 training images; the real ones are 110 test images" in out
+    assert "FD ratio" not in out and not err
+
+
+def test_fid_of_a_checkpoint_is_of_the_training_images_classes_and_of_each_seed(tmp_path, small, capsys, stand_in):
+    path = save_model(tmp_path / "model.pth")
+    report, out, _ = table(capsys, tmp_path, "--checkpoint", path, "--fid", "--num-samples", 150, "--seeds", 2)
+    first, second = (figures["FID"] for figures in report["generated"])
+    assert report["images"] == 150 and first != second
+    again, *_ = table(capsys, tmp_path, "--checkpoint", path, "--fid", "--num-samples", 150, "--seed", 1)
+    assert again["generated"][0]["FID"] == pytest.approx(second, rel=1e-4)  # nothing of the first seed was left
+
+
+def test_what_fid_needs_is_told_in_a_line(tmp_path, small, monkeypatch):
+    path = save_model(tmp_path / "model.pth")
+    assert "--inception w.pth would change nothing without --fid" in refusal(
+        "--checkpoint", path, "--inception", "w.pth"
+    )
+    for module in ("torchmetrics.image.fid", "torch_fidelity"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "torch_fidelity", type(sys))
+            patch.setitem(sys.modules, module, None)
+            package = module.split(".")[0]
+            assert f"--fid needs the package {package}; get it with: pip install" in refusal(
+                "--checkpoint", path, "--fid"
+            )
+
+
+def test_the_inception_of_fid_is_read_from_a_file_or_its_lack_is_told(tmp_path, monkeypatch):
+    module = pytest.importorskip(
+        "torch_fidelity.feature_extractor_inceptionv3", reason="torch-fidelity is not installed"
+    )
+    cpu = torch.device("cpu")
+
+    def fails(*_, **__):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(module, "load_state_dict_from_url", fails)
+    with pytest.raises(
+        UserError, match="weights cannot be had .*Name or service.*name a file of them with --inception"
+    ):
+        inception_distance(None, cpu)
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save(Features(), tmp_path / "code.pth")
+    for name, message in (
+        ("other.pth", "holds no Inception of torch-fidelity"),
+        ("text.pth", "is damaged or not a file of weights"),
+        ("code.pth", "more than weights and plain data"),
+        ("none.pth", "does not exist; download it from the releases"),
+    ):
+        with pytest.raises(UserError, match=message):
+            inception_distance(str(tmp_path / name), cpu)
+    torch.manual_seed(0)
+    network = {}
+    monkeypatch.setattr(module, "load_state_dict_from_url", lambda *_, **__: network)
+    monkeypatch.setattr(
+        module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: network.update(self.state_dict())
+    )
+    ours = inception_distance(None, cpu)
+    monkeypatch.undo()
+    save_file(network, tmp_path / "inception.pth")
+    again = inception_distance(str(tmp_path / "inception.pth"), cpu)
+    x = torch.randint(256, (2, 3, 40, 40)).byte()
+    original = module.FeatureExtractorInceptionV3("inception", ["2048"], str(tmp_path / "inception.pth"))
+    for fid in (ours, again):
+        assert torch.allclose(fid.inception(x), original(x)[0].reshape(2, -1), atol=1e-5)  # its resizing too
+
+
+def save_latent_model(path, name="small", **sizes):
+    """A model of random weights that draws latents of 4 channels and 4 x 4."""
+    sizes = dict(image_size=4, patch_size=2, in_channels=4, hidden_size=32, depth=1, num_heads=2, num_classes=3) | sizes
+    config = Config(**sizes, dataset=name, sampler="ddim", sample_steps=2, cfg_scale=1.0, clip_x0=False, latents=True)
+    save_file({"model": random_dit(**sizes).state_dict(), "config": model_config(config)}, path)
+    return path
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_latents_are_decoded_and_compared_as_pixels(channels, tmp_path, small, capsys, vae_dir, monkeypatch):
+    pytest.importorskip("diffusers")
+    small((channels, 8, 8))
+    path, seen, usual = save_latent_model(tmp_path / "model.pth"), [], evaluate.measure
+    monkeypatch.setattr(evaluate, "measure", lambda images, *rest: seen.append(images) or usual(images, *rest))
+    report, *_ = table(capsys, tmp_path, "--checkpoint", path, "--vae", vae_dir)
+    model, config = load_model(path)
+    y = torch.arange(100) % 3
+    latents = evaluate.draw_images(model, config, y, torch.Generator().manual_seed(config.seed))
+    drawn = dataset.denormalize(evaluate.decode(evaluate.load_vae(vae_dir, config), latents))
+    assert drawn.shape == (100, 3, 8, 8) and report["images"] == 100
+    expected = drawn if channels == 3 else drawn.float().mean(1, keepdim=True).round().byte()
+    assert seen[-1].shape == expected.shape and (seen[-1].int() - expected.int()).abs().max() <= 1
+    small((channels, 10, 10), name="other")
+    message = f"images of 8 x 8 pixels and {channels} channels do not compare with other's"
+    assert message in refusal("--checkpoint", path, "--vae", vae_dir, "--dataset", "other")
+    message = "--bits-per-dim is a bound for pixels"
+    assert message in refusal("--checkpoint", path, "--bits-per-dim", 5)
+
+
+def test_image_files_are_brought_to_the_size_of_what_is_compared(tmp_path, small, monkeypatch, capsys):
+    sizes, parts = [], in_order((3, 8, 8), (500, 100), 3)
+
+    def load(name, data_dir, train=True, image_size=None, skip_damaged=False):
+        sizes.append((name, image_size, skip_damaged))
+        return dataset.Dataset("cats.zip", *parts["train" if train else "test"], (8, 8))
+
+    monkeypatch.setattr(evaluate, "load_dataset", load)
+    path = save_model(tmp_path / "model.pth", in_channels=3, name="cats.zip")
+    report, *_ = table(capsys, tmp_path, "--checkpoint", path, "--skip-damaged")
+    np.savez(tmp_path / "s.npz", np.zeros((60, 8, 8, 3), np.uint8))
+    table(capsys, tmp_path, "--npz", tmp_path / "s.npz", "--dataset", "cats.zip")
+    assert report["dataset"] == "cats.zip" and sizes == [("cats.zip", 8, True)] * 2 + [("cats.zip", 8, False)] * 2
+
+
+def test_the_adm_suite_reads_what_inference_writes_and_its_folder_holds_the_same(tmp_path, small):
+    """It streams arr_0 from the zip: a header of version 1.0, C order, then NHWC bytes, which it takes for colours."""
+    path = save_model(tmp_path / "model.pth", in_channels=3)
+    flags = ["--checkpoint", str(path), "--num-samples", "7", "--labels", "012"]
+    inference.main([*flags, "--npz", str(tmp_path / "s.npz"), "--png-dir", str(tmp_path / "pngs")])
+    with zipfile.ZipFile(tmp_path / "s.npz").open("arr_0.npy") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        assert (shape, fortran, dtype) == ((7, 8, 8, 3), False, np.uint8)
+        streamed = np.frombuffer(file.read(), dtype).reshape(shape)
+    model, config = load_model(path)
+    y = torch.arange(7) % 3
+    drawn = dataset.denormalize(inference.draw_images(model, config, y, torch.Generator().manual_seed(config.seed)))
+    assert (streamed == drawn.permute(0, 2, 3, 1).numpy()).all()
+    assert np.load(tmp_path / "s.npz")["arr_1"].tolist() == y.tolist()
+    for name, image in zip(["000000-0.png", "000001-1.png", "000002-2.png", "000003-0.png"], streamed):
+        assert (np.array(Image.open(tmp_path / "pngs" / name)) == image).all()
 
 
 def test_the_measured_curves_are_of_every_sampler_and_setting():

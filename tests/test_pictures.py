@@ -122,7 +122,7 @@ def test_a_strip_is_never_larger_than_matplotlib_draws(figures, tmp_path, monkey
     assert 2**15 < max(figure.get_size_inches()) * dpi < 2**16
 
 
-NAMES = ["T-shirt/top", "M" * 30, "cost $5, or $\\foo$", "\u82b1\u306e\u5199\u771f", "two\nlines", "\udcff"]
+NAMES = ["T-shirt/top", "M" * 30, "it is $\\foo$", "\u82b1\u306e\u5199\u771f", "two\nlines", "\udcff"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -160,6 +160,13 @@ def test_the_rows_of_a_grid_are_named_beside_the_picture_that_it_is_without(tmp_
     assert written[0].any(0).argmax() > written[2].any(0).argmax() > 0  # to the right, beside the images; none is cut
     for row in (written[0], written[2]):
         assert 3 < row.any(1).nonzero()[0].mean() < 13  # in the middle of its row
+
+
+@pytest.mark.parametrize("count, labels, rows", [(16, 16, 16), (25, 21, None), (100, 40, 40), (100, 41, None)])
+def test_labels_so_many_that_a_column_would_come_of_it_are_left_out(count, labels, rows, tmp_path):
+    images, columns = torch.zeros(count, 1, 16, 16), round(count**0.5)
+    save_png(images, tmp_path / "a.png", columns, [str(i % labels) for i in range(count)])
+    assert Image.open(tmp_path / "a.png").height == (rows or columns) * 17 + 1
 
 
 @pytest.mark.parametrize("names", [NAMES, ["x"] * 6])
@@ -255,7 +262,7 @@ def test_pytorch_fid_reads_a_folder_of_pngs(tmp_path):
 
 def test_clean_fid_reads_a_folder_of_pngs(tmp_path):
     fid = pytest.importorskip("cleanfid.fid", reason="clean-fid is not installed: pip install it")
-    images = bytes_of(60, 3, 299, 299)[:10]
+    images = bytes_of(10, 3, 299, 299)  # the size that it would resize to
     save_png_dir(normalize(images), [0] * 10, tmp_path / "a")
     seen = []
 

@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, run
+from conftest import assert_one_line_error, random_dit, run
+from PIL import Image
 
 import train
 from config import Config, preset
@@ -36,7 +38,8 @@ def test_a_folder_is_settled_by_its_images(pictures_dir, tmp_path):
 
 
 def test_the_preset_suits_the_data_unless_one_is_named(pictures_dir, monkeypatch):
-    assert new_settings({})["name"] == new_settings({"dataset": "kmnist"})["name"] == "digits"
+    assert new_settings({})["name"] == new_settings({"dataset": "glyphs"})["name"] == "digits"
+    assert new_settings({"dataset": "fashion"})["name"] == "fashion"
     assert new_settings({"dataset": "cifar10"})["name"] == "pictures"
     monkeypatch.chdir(pictures_dir.parent)
     named = new_settings({"dataset": pictures_dir.name, "preset": "flow"})
@@ -153,3 +156,62 @@ def test_names_of_classes_without_names_are_their_numbers():
     assert class_names_of(Config(num_classes=2, class_names=("a", "b"))) == ["a", "b"]
     with pytest.raises(UserError, match="not a name for each of 2 classes"):
         Config(num_classes=2, class_names=("a",))
+
+
+def test_latents_are_trained_on_sampled_and_resumed(pictures_dir, vae_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(vae_dir.parent)  # the autoencoder is named from where one stands
+    flags = [
+        "--dataset",
+        pictures_dir,
+        "--data-dir",
+        tmp_path,
+        "--vae",
+        vae_dir.name,
+        "--flip",
+        "--lr-decay",
+        "constant",
+    ]
+    fit(tmp_path / "run", *flags, "--train-steps", 6)
+    model, config = load_model(tmp_path / "run" / "model.pth")
+    assert (config.image_size, config.in_channels, config.patch_size) == (8, 4, 1)  # of latents, half as many a side
+    assert config.latents and not config.clip_x0 and config.vae == str(vae_dir)
+    sample = Image.open(tmp_path / "run" / "samples" / "step_0000006.png")
+    assert sample.height == 3 * 17 + 1  # the preview shows pixels, in a row a class
+    strip = run(
+        "inference.py", "--checkpoint", tmp_path / "run" / "model.pth", "--num-samples", 3, "--npz", tmp_path / "a.npz"
+    )
+    assert strip.returncode == 0, strip.stderr
+    assert np.load(tmp_path / "a.npz")["arr_0"].shape == (3, 16, 16, 3)
+    fit(tmp_path / "whole", *flags, "--train-steps", 9)
+    monkeypatch.chdir(tmp_path)
+    train.main(["--out-dir", str(tmp_path / "run"), "--train-steps", "9", "--resume"])
+    a, b = (load_file(tmp_path / name / "checkpoint.pth")["model"] for name in ("run", "whole"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(UserError, match="--vae .* differs from the run's"):
+        train.main(["--out-dir", str(tmp_path / "run"), "--vae", str(pictures_dir), "--resume"])
+
+
+def test_latents_train_from_weights_of_the_published_format(pictures_dir, vae_dir, tmp_path, capsys):
+    size = dict(patch_size=8, hidden_size=384, depth=12, num_heads=6)  # DiT-S/8, or the file could not tell its heads
+    published = random_dit(image_size=8, in_channels=4, num_classes=7, learn_sigma=True, **size)
+    torch.save(published.state_dict(), tmp_path / "DiT.pt")
+    flags = ["--dataset", str(pictures_dir), "--data-dir", str(tmp_path), "--vae", str(vae_dir), "--batch-size", "8"]
+    flags += [
+        "--init-from",
+        str(tmp_path / "DiT.pt"),
+        "--train-steps",
+        "1",
+        "--learning-rate",
+        "1e-9",
+        "--sample-steps",
+        "2",
+    ]
+    with pytest.raises(UserError, match="its image_size is 8, that of this run 32"):
+        train.main([*flags, "--image-size", "64", "--out-dir", str(tmp_path / "large")])
+    train.main([*flags, "--image-size", "16", "--out-dir", str(tmp_path / "run")])
+    assert "know 0 of the classes; new to them: frog, red fox, whale" in capsys.readouterr().out
+    model, config = load_model(tmp_path / "run" / "model.pth")
+    assert (config.prediction, config.schedule, config.learn_sigma, config.latents) == ("noise", "linear", True, True)
+    for name, tensor in model.state_dict().items():
+        if "embedding_table" not in name:
+            assert torch.allclose(tensor, published.state_dict()[name], atol=1e-6), name
