@@ -1,4 +1,4 @@
-"""Train a DiT: `python train.py`, from random weights to digits. The loop is at the end of `train`.
+"""Train a DiT: `python train.py`, from random weights to digits, or to pictures. The loop is at the end of `train`.
 
 Every step draws images, labels, timesteps and noise from a generator seeded by (seed, step) alone, and a
 checkpoint holds all the rest; so a run that is cut off anywhere and resumed on the same machine ends with the
@@ -95,8 +95,9 @@ def draw_batch(
 
 
 def save_samples(path: Path, ema: nn.Module, config: Config, vae: nn.Module | None, device: torch.device) -> None:
-    """A grid of samples, a row for each label, the same noise every time, so that only learning changes it."""
-    y = torch.arange(min(config.num_classes, 10), device=device).repeat_interleave(8)
+    """A grid of samples, a row for each of at most ten labels, the same noise every time: only learning changes it."""
+    some = torch.linspace(0, config.num_classes - 1, min(config.num_classes, 10), device=device)
+    y = some.round().long().repeat_interleave(8)
     config = config.replace(sample_steps=min(config.sample_steps, 50))  # a preview
     for x in denoise(ema, config, y, torch.Generator(device).manual_seed(config.seed)):
         pass
@@ -188,7 +189,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("Train a DiT on digits. Defaults are those of preset digits.")
+    parser = Parser("Train a DiT on digits, or on your own pictures. Defaults are those of preset digits.")
     parser.add_fields(*(f.name for f in dataclasses.fields(Config) if f.name not in OF_THE_DATA))
     resume_help = "go on from the checkpoint in --out-dir, exactly"
     parser.group("basics").add_argument("--resume", action="store_true", help=resume_help)
