@@ -57,7 +57,7 @@ def forgive_overshoot(target: Tensor, x0: Tensor, limit: float = 1.1) -> Tensor:
     """The target of an estimate x0, except that black may be answered by up to -limit and white by up to limit.
 
     Pixels are clipped to [-1, 1] in the end, so those are no errors. Were they punished, the estimates would scatter
-    about -1 wherever the image is black, and clipping would leave grey grain there. Each channel of a colour has its own.
+    about -1 wherever the image is black, and clipping would leave grey grain there. In colour it is so in each channel.
     """
     beyond = (target.abs() == 1) & (x0 * target > 1)
     return torch.where(beyond, x0.detach().clamp(-limit, limit), target)
