@@ -123,7 +123,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         start_from(config.init_from, model, config)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     process, optimizers = build_process(config), build_optimizers(model, config)
-    step, *counters = restore_run(state, out_dir, model, ema, optimizers) if state else (0, [], 0.0, 0, 0.0)
+    step, *counters = restore_run(state, out_dir, data, model, ema, optimizers) if state else (0, [], 0.0, 0, 0.0)
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")  # not of the loss
 
@@ -135,7 +135,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         return process.loss(autocast(network), x0, y, drawn=drawn)
 
     def save_checkpoint() -> None:
-        save_run(out_dir, config, model, ema, optimizers, [step, *log.counters()])
+        save_run(out_dir, config, data, model, ema, optimizers, [step, *log.counters()])
 
     (out_dir / "samples").mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from config import ROOT, Config
+from dataset import Dataset
 from dit import DiT
 from support.checkpoint import BEFORE, OF_THE_MACHINE, check_state, model_config, read_config
 from support.errors import UserError, believing, flag_of
@@ -25,10 +26,11 @@ from support.prepare import preset_of, rooted
 FREE_ON_RESUME = ("out_dir", "data_dir", "device", "sample_every", "checkpoint_every")
 
 
-def made_with(model: nn.Module) -> dict[str, Any]:
-    """What the same bits need besides the same numbers."""
+def made_with(model: nn.Module, data: Dataset) -> dict[str, Any]:
+    """What the same bits need besides the same numbers; of packed data the key, which changes with them."""
     device = next(model.parameters()).device.type
-    return {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": device}
+    packed = {"data": data.about["key"]} if data.about else {}
+    return {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": device, **packed}
 
 
 def diverged(out_dir: Path, what: str, step: int) -> UserError:
@@ -45,7 +47,13 @@ def refuse_trained(out_dir: Path) -> None:
 
 
 def save_run(
-    out_dir: Path, config: Config, model: DiT, ema: DiT, optimizers: list[torch.optim.Optimizer], progress: list
+    out_dir: Path,
+    config: Config,
+    data: Dataset,
+    model: DiT,
+    ema: DiT,
+    optimizers: list[torch.optim.Optimizer],
+    progress: list,
 ) -> None:
     """Write checkpoint.pth, all that a run goes on from, and model.pth; UserError if the weights are not finite."""
     if not all(parameter.isfinite().all() for parameter in (*model.parameters(), *ema.parameters())):
@@ -53,7 +61,7 @@ def save_run(
     data_dir = config.data_dir or os.environ.get("DATA_DIR")  # the same folder from wherever the run goes on
     fields = vars(config) | {"data_dir": data_dir and os.path.abspath(data_dir)}
     content = {"config": fields, "model": model.state_dict(), "ema": ema.state_dict(), "progress": progress}
-    content |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "made_with": made_with(model)}
+    content |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "made_with": made_with(model, data)}
     save_file(content, out_dir / "checkpoint.pth")
     save_file({"model": ema.state_dict(), "config": model_config(config)}, out_dir / "model.pth")
 
@@ -96,7 +104,7 @@ def check_progress(
 
 
 def restore_run(
-    state: dict[str, Any], out_dir: Path, model: DiT, ema: DiT, optimizers: list[torch.optim.Optimizer]
+    state: dict[str, Any], out_dir: Path, data: Dataset, model: DiT, ema: DiT, optimizers: list[torch.optim.Optimizer]
 ) -> list:
     """Put a checkpoint's state into a fresh run; returns its progress: step, rows, loss_sum, loss_count, seconds."""
     path = out_dir / "checkpoint.pth"
@@ -111,7 +119,9 @@ def restore_run(
             raise UserError(f"it has {len(state['optimizers'])} optimizers, and its config builds {len(optimizers)}")
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             restore_optimizer(optimizer, saved, state["progress"][0])
-    then, now = state.get("made_with", {}), made_with(model)
+    then, now = state.get("made_with", {}), made_with(model, data)
+    if then.pop("data", None) not in (None, now.pop("data", None)):
+        warn(f"the images of {data.name}, or their autoencoder, have changed since: the run goes on with those of now")
     changes = [f"{name} {then[name]!r}, now {now[name]!r}" for name in now if then.get(name, now[name]) != now[name]]
     if changes:
         warn(f"the run was on {'; '.join(changes)}: from here on sums may be rounded differently")

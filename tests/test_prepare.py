@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -215,3 +217,14 @@ def test_latents_train_from_weights_of_the_published_format(pictures_dir, vae_di
     for name, tensor in model.state_dict().items():
         if "embedding_table" not in name:
             assert torch.allclose(tensor, published.state_dict()[name], atol=1e-6), name
+
+
+def test_images_that_changed_since_are_told_of_when_a_run_goes_on(pictures_dir, tmp_path, capsys):
+    shutil.copytree(pictures_dir, tmp_path / "own")
+    flags = ["--dataset", tmp_path / "own", "--data-dir", tmp_path, "--lr-decay", "constant"]
+    fit(tmp_path / "run", *flags, "--train-steps", 3)
+    fit(tmp_path / "run", *flags, "--train-steps", 4, "--resume")
+    assert "have changed since" not in capsys.readouterr().err
+    (tmp_path / "own" / "frog" / "0.png").unlink()
+    fit(tmp_path / "run", *flags, "--train-steps", 5, "--resume")
+    assert f"the images of {tmp_path / 'own'}, or their autoencoder, have changed since" in capsys.readouterr().err
