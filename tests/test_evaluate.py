@@ -514,11 +514,12 @@ def test_of_five_hundred_images_in_order_of_classes_all_is_told_at_equal_counts(
 def test_of_more_images_in_order_a_part_is_of_all_classes(tmp_path, small, monkeypatch, capsys):
     small(**in_order((1, 8, 8), (500, 250), 5))
     monkeypatch.setattr(evaluate, "judge_of", lambda *_: ByBrightness())
-    asked = black_images(monkeypatch)
+    asked, read, usual = black_images(monkeypatch), [], ByBrightness.read
+    monkeypatch.setattr(ByBrightness, "read", lambda self, x: read.append(len(x)) or usual(self, x))
     path = save_model(tmp_path / "model.pth", num_classes=5)
     report, out, err = table(capsys, tmp_path, "--checkpoint", path, "--num-samples", 60)
     assert report["images"] == 60 and "compared with 60 test images" in out
-    assert asked[0].bincount(minlength=5).min() > 4
+    assert read == [60, 60, 60] and asked[0].bincount(minlength=5).min() > 4
     # Both real parts are of all classes: of others their brightness would be far apart.
     assert report["real"]["FD"] < 500 < report["generated"][0]["FD"]
 
