@@ -493,6 +493,7 @@ def test_of_a_hundred_images_the_nearest_distance_alone_is_told(tmp_path, small,
     small(**in_order((3, 8, 8), (1, 1), 1))
     save_model(path, in_channels=3, num_classes=1)
     assert "small has one training image" in refusal("--checkpoint", path)
+    assert "small has one training image" in refusal("--checkpoint", path, "--fid")
     small(**in_order((3, 8, 8), (2, 1), 1))
     assert table(capsys, tmp_path, "--checkpoint", path)[0]["real"]["nearest"] > 0
 
@@ -613,6 +614,15 @@ def test_fid_of_a_checkpoint_is_of_the_training_images_classes_and_of_each_seed(
     assert report["images"] == 150 and first != second
     again, *_ = table(capsys, tmp_path, "--checkpoint", path, "--fid", "--num-samples", 150, "--seed", 1)
     assert again["generated"][0]["FID"] == pytest.approx(second, rel=1e-4)  # nothing of the first seed was left
+
+
+def test_fid_of_few_test_images_is_of_fifty_drawn_ones(tmp_path, small, capsys, stand_in):
+    small(**in_order((3, 8, 8), (90, 10), 3))
+    path = save_model(tmp_path / "model.pth", in_channels=3)
+    report, out, _ = table(capsys, tmp_path, "--checkpoint", path, "--fid")
+    assert report["images"] == 50 and "all 90 training images; the real ones are 10 test images" in out
+    small(**in_order((3, 8, 8), (90, 1), 3))
+    assert "small has one test image" in refusal("--checkpoint", path, "--fid")
 
 
 def test_what_fid_needs_is_told_in_a_line(tmp_path, small, monkeypatch):
