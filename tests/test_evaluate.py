@@ -678,7 +678,9 @@ def test_the_inception_of_fid_is_read_from_a_file_or_its_lack_is_told(tmp_path, 
     x = torch.randint(256, (2, 3, 40, 40)).byte()
     original = module.FeatureExtractorInceptionV3("inception", ["2048"], str(tmp_path / "inception.pth"))
     for fid in (ours, again):
-        assert torch.allclose(fid.inception(x), original(x)[0].reshape(2, -1), atol=1e-5)  # its resizing too
+        expected = original(x)[0].reshape(2, -1)
+        gap = (fid.inception(x) - expected).abs().max()
+        assert gap < 1e-4 * expected.std() and not fid.inception.use_antialias  # its resizing too
 
 
 def save_latent_model(path, name="small", **sizes):
