@@ -253,11 +253,12 @@ def check_number(count: int | None, train: Dataset, test: Dataset, fid: bool) ->
 
     Where so few are there that nothing but the nearest distance is told, any number will do.
     """
-    if len(train.labels) < 2:
-        raise UserError(f"{train.name} has one training image; there is nothing to compare")
+    if len(train.labels) < 2 or (fid and len(test.labels) < 2):
+        which = "training" if len(train.labels) < 2 else "test"
+        raise UserError(f"{train.name} has one {which} image; there is nothing to compare with")
     most = len(test.labels) if fid else most_compared(train, test)
     few = most < LEAST and not fid
-    count = count or (LEAST if few else min(most, HELD_OUT))
+    count = count or min(max(most, LEAST), HELD_OUT)
     check_limits("the number of images", count, least=1 if few else LEAST, most=10**7 if fid else HELD_OUT)
     if count > most and not few and not fid:
         there = f"{train.name} has {len(test.labels)} test images and {len(split_training(train.labels)[1])} held out"

@@ -61,7 +61,7 @@ def inception_distance(weights: str | None, device: torch.device) -> Any:
     """torchmetrics' FrechetInceptionDistance with the Inception v3 and the resizing of the original (Heusel, 2017).
 
     Args:
-        weights: a file of torch-fidelity's (pt_inception-2015-12-05-6726825d.pth), which otherwise are downloaded.
+        weights: a file of torch-fidelity's (weights-inception-2015-12-05-6726825d.pth), which otherwise are downloaded.
 
     Raises:
         UserError: without the packages, the network, or for a file that holds no such weights.
