@@ -1,7 +1,8 @@
-"""Run the notebooks and keep what they show: `python -m docs.notebooks [NAME ...]`, or `make notebooks` for all four.
+"""Run the notebooks and keep what they show: `python -m docs.notebooks [NAME ...]`, or `make notebooks` for all five.
 
 Each is written back with its outputs and a fingerprint of what it ran, so that a test can tell when a notebook, or a
-file that it reads, has changed since (tests/test_notebooks.py). Some minutes on two cores, most of them train.ipynb.
+file that it reads, has changed since (tests/test_notebooks.py). Some minutes on two cores, most of them
+training, in train.ipynb and your_images.ipynb.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from nbconvert.preprocessors import ExecutePreprocessor
 from config import ROOT
 
 FOLDER = ROOT / "notebooks"
-NAMES = ("diffusion", "train", "inference", "paper")
+NAMES = ("diffusion", "train", "inference", "your_images", "paper")
 
 
 def fingerprint(notebook: nbformat.NotebookNode) -> str:
