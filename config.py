@@ -42,9 +42,8 @@ PRESETS = {
     | dict(sampler="euler", sample_steps=25, cfg_scale=1.4, cfg_low=0.0, cfg_high=1.0),
     # Four times the tokens, and the time to learn to use them: the weights of model.pth.
     "long": dict(patch_size=7, hidden_size=128, train_steps=28_000),
-    "fashion": dict(patch_size=7, hidden_size=128, train_steps=9000),  # Fashion-MNIST in less than twenty minutes
-    # One's own pictures: a patch of about an eighth of their side.
-    "pictures": dict(patch_size=None, hidden_size=128, learning_rate=2e-3, time_mean=0.5, train_steps=20_000),
+    # One's own pictures, and all else that is no digit, in twenty minutes; the patch follows from their size.
+    "pictures": dict(patch_size=None, hidden_size=128, train_steps=9000),
     "classic": ORIGINAL  # the recipe of a well-known teaching repository, in this one's model and loop, cut short
     | dict(patch_size=4, hidden_size=64, depth=3, loss="l1", learning_rate=1e-3, batch_size=300, train_steps=2000)
     | dict(sample_steps=1000, cfg_scale=1.0),
@@ -54,7 +53,7 @@ PAPER = ORIGINAL | dict(image_size=32, learn_sigma=True, sample_steps=250, cfg_s
 PAPER |= dict(learning_rate=1e-4, batch_size=256, ema_decay=0.9999, train_steps=400_000)
 PRESETS |= {name: PAPER | sizes for name, sizes in PAPER_MODELS.items()}
 # The preset of a dataset where none is named; for others it is pictures.
-PRESET_OF = {"auto": "digits", "mnist": "digits", "glyphs": "digits", "kmnist": "fashion", "fashion": "fashion"}
+PRESET_OF = {"auto": "digits", "mnist": "digits", "glyphs": "digits"}
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ def new_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def suitable_patch(side: int) -> int:
-    """The patch size for images of this side: about 8 x 8 tokens, at least 7 x 7 where the side divides so."""
-    return max(patch for patch in range(1, side + 1) if side % patch == 0 and (7 * patch <= side or patch == 1))
+    """The patch size for images of this side: the largest of at most 8 pixels that leaves 4 x 4 tokens or more."""
+    return max(patch for patch in range(1, 9) if side % patch == 0 and (4 * patch <= side or patch == 1))
 
 
 def prepare(config: Config, device: torch.device) -> tuple[Config, Dataset, nn.Module | None]:
