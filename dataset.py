@@ -19,7 +19,7 @@ from loaders.latents import draw_latents
 from loaders.mnist import load_fashion, load_kmnist, load_mnist
 from loaders.sources import full_name, load_packed
 from support.errors import NotAvailable, UserError
-from support.machine import check_memory
+from support.machine import check_memory, free_memory
 
 DATASETS = {"mnist": load_mnist, "fashion": load_fashion, "kmnist": load_kmnist, "glyphs": load_glyphs}
 
@@ -50,10 +50,8 @@ class Dataset(NamedTuple):
 
     def to(self, device: torch.device) -> "Dataset":
         """The same with its images on a GPU, if they take at most half of what is free there; the labels always."""
-        labels = self.labels.to(device)
-        if device.type == "cuda" and 2 * self.images.nbytes > torch.cuda.mem_get_info(device)[0]:
-            return self._replace(labels=labels)
-        return self._replace(images=self.images.to(device), labels=labels)
+        fits = device.type == "cpu" or 2 * self.images.nbytes <= free_memory(device)
+        return self._replace(images=self.images.to(device) if fits else self.images, labels=self.labels.to(device))
 
     def draw(self, index: Tensor, mirrored: Tensor | None, generator: Generator) -> tuple[Tensor, Tensor]:
         """x_0 (B, C, H, W) and labels (B,) at index (B,), on its device; some mirrored (B,), by their columns."""
@@ -66,11 +64,11 @@ class Dataset(NamedTuple):
         return x0, self.labels[index]
 
     def fetch(self, index: Tensor) -> Tensor:
-        """The images at index (B,), copied to its device, if need be, without waiting for it."""
+        """The images at index (B,), on its device; where that is CUDA's, copied to it without waiting."""
         images = self.images[index.to(self.images.device)]
         if index.device.type == "cuda" and images.device.type == "cpu":
-            images = images.pin_memory()
-        return images.to(index.device, non_blocking=True)
+            return images.pin_memory().to(index.device, non_blocking=True)
+        return images.to(index.device)
 
 
 def load_dataset(
