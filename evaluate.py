@@ -376,6 +376,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Image files are brought to the size of what is compared with them; arrays have one of their own.
     train, test = load_both(name, data_dir, None if name in DATASETS else max(shape[1:]), skip_damaged)
+    if fid and train.images.shape[1] not in (1, 3):
+        raise UserError(f"--fid is of grey images or of colour; {train.name}'s have {train.images.shape[1]} channels")
     if npz:
         check_fit(shape, labels, train)
     else:

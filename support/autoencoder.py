@@ -125,11 +125,18 @@ def latent_size(vae: nn.Module, image_size: int) -> int:
     """Latents a side of an image; UserError where its pixels do not divide."""
     factor = downsampling(vae)
     if image_size % factor:
-        near = max(1, round(image_size / factor)) * factor
+        near = math.ceil(image_size / factor) * factor  # for an array's images cannot be smaller
         raise UserError(
             f"image_size {image_size} is not divisible by {factor}, as the autoencoder needs it; try {near}"
         )
     return image_size // factor
+
+
+def in_colour(x: Tensor) -> Tensor:
+    """Images (N, 3 or 1, H, W) -> (N, 3, H, W): grey is taken for a colour. UserError for any other channels."""
+    if x.shape[1] not in (1, 3):
+        raise UserError(f"an autoencoder is of colour images, or grey ones; these have {x.shape[1]} channels")
+    return x.expand(-1, 3, -1, -1)
 
 
 @torch.no_grad()
@@ -145,7 +152,7 @@ def encode(vae: nn.Module, x: Tensor) -> Tensor:
         latent_size(vae, side)
     parts = []
     for part in x.split(max(1, AT_A_TIME // x[0, 0].numel())):
-        encoded = vae.encode(part.expand(-1, 3, -1, -1))
+        encoded = vae.encode(in_colour(part))
         if hasattr(encoded, "latent_dist"):
             parts.append(torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1))
         else:
@@ -168,15 +175,15 @@ def decode(vae: nn.Module | None, latents: Tensor) -> Tensor:
 def encode_dataset(data: Dataset, vae: nn.Module, data_dir: Path, flip: bool) -> Dataset:
     """A dataset as latents, which are encoded once and packed in data_dir; with `flip` the mirrored ones too."""
     device, about = next(vae.parameters()).device, about_vae(vae)
-    folder = packed_folder(data_dir, data.name) / f"latents-{about['vae'][:8]}-{data.size[0]}{'-flip' if flip else ''}"
-    key = data.about["key"] if data.about else hashlib.sha256(data.images.numpy()).hexdigest()
+    kind = f"latents-{about['vae'][:8]}-{data.images.shape[-1]}{'-flip' if flip else ''}"
+    key = data.about["key"] if data.about else hashlib.sha256(data.images.contiguous().numpy()).hexdigest()
     key += hashlib.sha256(data.labels.numpy()).hexdigest()
     pack = pack_latents(
         data.name,
         data.images,
         data.labels,
         lambda images: encode(vae, normalize(images).to(device)),
-        folder,
+        packed_folder(data_dir, data.name) / kind,
         key,
         flip,
         about | {"class_names": list(data.class_names or ())},
@@ -217,7 +224,7 @@ def train_vae(vae: nn.Module, images: Tensor, steps: int, generator: torch.Gener
             rate = min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
             indices = torch.randint(len(images), (BATCH_SIZE,), generator=generator)
-            x = normalize(images[indices].to(device)).expand(-1, 3, -1, -1)
+            x = in_colour(normalize(images[indices].to(device)))
             latents = vae.encode(x).latent_dist
             noise = torch.randn(latents.mean.shape, generator=generator).to(device)
             reconstruction = vae.decode(latents.mean + latents.std * noise).sample
@@ -301,7 +308,7 @@ def report(vae: nn.Module, images: Tensor, path: Path) -> None:
     """Print the error of the reconstruction of images (N, C, H, W) uint8; draw originals above reconstructions."""
     error, first = 0.0, None
     for part in images.split(500):
-        x, again = normalize(part).expand(-1, 3, -1, -1), reconstruct(vae, part)
+        x, again = in_colour(normalize(part)), reconstruct(vae, part)
         error += (again - x).square().sum().item() / (3 * images[:, 0].numel())
         first = (x, again) if first is None else first
     pictures = [part[start : start + 12] for start in (0, 12, 24) for part in first]

@@ -108,9 +108,10 @@ def restore_run(
 ) -> list:
     """Put a checkpoint's state into a fresh run; returns its progress: step, rows, loss_sum, loss_count, seconds."""
     path = out_dir / "checkpoint.pth"
-    for name in ("in_channels", "num_classes"):
-        was, is_now = state["config"][name], getattr(model, name)
-        if was != is_now:
+    there = {"in_channels": data.channels, "num_classes": data.num_classes, "class_names": data.class_names}
+    for name, is_now in there.items():
+        was = state["config"].get(name)
+        if was not in (None, is_now):  # class names may be told later
             raise UserError(f"{path}: {name} of its data was {was}, now it is {is_now}; name its --data-dir")
     with believing(f"{path} holds no run to go on with"):
         model.load_state_dict(state["model"])

@@ -11,9 +11,9 @@ from conftest import ROOT, tiny_vae
 from PIL import Image
 
 from config import Config
-from dataset import denormalize, load_dataset, normalize
+from dataset import Dataset, denormalize, load_dataset, normalize
 from support import autoencoder
-from support.autoencoder import about_vae, decode, encode, latent_size, load_vae, main, open_vae
+from support.autoencoder import about_vae, decode, encode, encode_dataset, latent_size, load_vae, main, open_vae
 from support.errors import UserError
 
 
@@ -184,6 +184,17 @@ def test_the_key_follows_from_weights_and_settings(vae_dir):
     others = {key(), key(scaling_factor=0.5), key(shift_factor=1.0)}
     others.add(key(lambda vae: vae.encoder.conv_in.weight.data[0, 0, 0, 0].add_(1e-3)))
     assert len(others) == 4
+
+
+def test_images_of_many_channels_are_refused(vae_dir):
+    with pytest.raises(UserError, match="colour images, or grey ones; these have 17 channels"):
+        encode(open_vae(vae_dir), torch.zeros(1, 17, 8, 8))
+
+
+def test_images_in_any_order_of_memory_are_encoded(vae_dir, tmp_path):
+    images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as a loader of (N, H, W, C) gives them
+    data = encode_dataset(Dataset("own", images, torch.arange(2), (8, 8)), open_vae(vae_dir), tmp_path, flip=False)
+    assert data.images.shape == (2, 8, 4, 4)
 
 
 def test_a_size_that_does_not_divide_is_refused(vae_dir):

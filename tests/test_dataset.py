@@ -456,7 +456,7 @@ def test_an_unknown_dataset_is_refused_naming_the_known():
 
 @pytest.mark.parametrize("free, where", [(2 * STRIPES.nbytes, "meta"), (2 * STRIPES.nbytes - 1, "cpu")])
 def test_on_a_gpu_are_the_labels_and_the_images_that_take_half_of_it_at_most(free, where, monkeypatch):
-    monkeypatch.setattr("dataset.free_memory", lambda device: free)
+    monkeypatch.setattr("dataset.free_memory", lambda device: {"meta": free}[device.type])
     data = Dataset("own", STRIPES, THREE, (10, 8)).to(torch.device("meta"))  # any device but the CPU
     assert (data.images.device.type, data.labels.device.type) == (where, "meta")
     here = Dataset("own", STRIPES, THREE, (10, 8)).to(torch.device("cpu"))
