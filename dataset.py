@@ -10,22 +10,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from loaders.check import check_loaded
+from loaders.check import check_loaded, padded
 from loaders.glyphs import load_glyphs
 from loaders.latents import draw_latents
 from loaders.mnist import load_fashion, load_kmnist, load_mnist
 from loaders.sources import full_name, load_packed
 from support.errors import NotAvailable, UserError
-from support.machine import check_memory, free_memory
+from support.machine import free_memory
 
 DATASETS = {"mnist": load_mnist, "fashion": load_fashion, "kmnist": load_kmnist, "glyphs": load_glyphs}
 
 
 class Dataset(NamedTuple):
-    """Images (N, C, H, W) uint8, squares perhaps padded from `size`, the height and width of the data; labels (N,).
+    """Images (N, C, H, W) uint8, which are squares, labels (N,); `size` is their height and width before padding.
 
     Of an autoencoder's latents: `images` are means and deviations, see loaders/latents.py.
     """
@@ -40,7 +39,7 @@ class Dataset(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, which is the training part's to say."""
+        """How many classes there are, of a training part: a test part may lack the last ones."""
         return int(self.labels.max()) + 1
 
     @property
@@ -97,17 +96,10 @@ def load_dataset(
     else:
         *loaded, about = load_packed(name, Path(data_dir), train, image_size, skip_damaged)
     images, labels, class_names = check_loaded(loaded, f"dataset {name}", train)
-    height, width = images.shape[2:]
-    if about:
-        return Dataset(name, images, labels, (height, width), tuple(class_names) or None, about)
-    size = image_size or max(height, width)
-    if size < max(height, width):
-        raise UserError(f"image_size {size} is smaller than the {height} x {width} images of {name}")
-    room = len(images) * images.shape[1] * size**2
-    check_memory(room, f"{len(images):,} images of {size} x {size}", "try a smaller --image-size")
-    left, top = (size - width) // 2, (size - height) // 2
-    images = F.pad(images, (left, size - width - left, top, size - height - top))
-    return Dataset(name, images, labels, (height, width), tuple(class_names) or None)
+    size = tuple(images.shape[2:])
+    if about is None:
+        images = padded(images, image_size, name)
+    return Dataset(name, images, labels, size, tuple(class_names) or None, about)
 
 
 def normalize(images: Tensor) -> Tensor:

@@ -7,13 +7,9 @@
 adversarial part), so that the whole way from pictures to latents and back needs no download.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ from loaders.latents import pack_latents
 from loaders.sources import packed_folder
 from support.command_line import Parser, Progress, run_script, shown
 from support.errors import UserError, believing, optional
+from support.files import check_new_folder, writing_folder
 from support.machine import choose_device
 from support.pictures import save_png
 
@@ -257,21 +254,6 @@ def reconstruct(vae: nn.Module, images: Tensor) -> Tensor:
     return decode(vae, (mean - shift) * scale).clamp(-1, 1).cpu()
 
 
-@contextlib.contextmanager
-def writing_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, which becomes `path` once it is whole; UserError if there is something already."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        what = "holds an autoencoder" if (path / "config.json").exists() else "is there and not an empty folder"
-        raise UserError(f"--out-dir {path} {what}; give another, or delete it")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Train a small autoencoder, for models of latents, on the images of a data set.")
     parser.usage = "python -m support.autoencoder --out-dir DIR [--flag value ...]"
@@ -291,7 +273,8 @@ def main(argv: list[str] | None = None) -> None:
     config = Config(**given, patch_size=None)  # which need not divide the size of these images
     device, generator = choose_device(config.device), torch.Generator().manual_seed(config.seed)
     settings = dict(image_size=config.image_size, skip_damaged=config.skip_damaged)
-    with writing_folder(Path(folder)) as temporary:
+    check_new_folder("--out-dir", folder)
+    with writing_folder(folder) as temporary:
         train = load_dataset(config.dataset, config.data_folder, **settings).images
         test = load_dataset(config.dataset, config.data_folder, train=False, **settings).images
         torch.manual_seed(config.seed)

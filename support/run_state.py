@@ -171,6 +171,8 @@ def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     with locked(path.parent):
         config, state = load_checkpoint(path)
     free = FREE_ON_RESUME + (("train_steps",) if config.lr_decay == "constant" else ())
+    # A folder of images or of an autoencoder may have moved; whether it is the same is seen when it is read.
+    free += tuple(n for n in ("dataset", "vae") if all(os.path.isabs(str(v)) for v in (given.get(n), vars(config)[n])))
     for name, value in given.items():
         if name not in free and value not in (getattr(config, name), "auto"):
             then = getattr(config, name)

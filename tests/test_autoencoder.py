@@ -346,7 +346,7 @@ def test_the_same_seed_gives_the_same_autoencoder(colour_data, tmp_path):
 
 def test_what_is_there_is_not_overwritten(vae_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(autoencoder, "load_dataset", None)  # refused before any work
-    with pytest.raises(UserError, match=f"--out-dir {vae_dir} holds an autoencoder; give another, or delete it"):
+    with pytest.raises(UserError, match=f"--out-dir {vae_dir} is not empty; give a new folder"):
         train(vae_dir)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is there and not an empty folder"):
