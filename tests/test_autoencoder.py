@@ -349,9 +349,9 @@ def test_what_is_there_is_not_overwritten(vae_dir, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"--out-dir {vae_dir} is not empty; give a new folder"):
         train(vae_dir)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is there and not an empty folder"):
+    with pytest.raises(UserError, match="is not empty; give a new folder"):
         train(tmp_path)
-    with pytest.raises(UserError, match="is there and not an empty folder"):
+    with pytest.raises(UserError, match="is a file; give a new folder"):
         train(tmp_path / "notes.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -404,5 +404,5 @@ def test_ctrl_c_leaves_nothing(glyphs_dir, tmp_path):
     time.sleep(3)
     child.send_signal(signal.SIGINT)
     errors = child.communicate(timeout=60)[1]
-    assert (child.returncode, errors) == (130, "")
+    assert child.returncode in (130, -signal.SIGINT) and errors == ""  # a shell shows 130 for both
     assert not list(tmp_path.iterdir())
