@@ -10,22 +10,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from loaders.check import check_loaded
+from loaders.check import check_loaded, padded
 from loaders.glyphs import load_glyphs
 from loaders.latents import draw_latents
 from loaders.mnist import load_fashion, load_kmnist, load_mnist
 from loaders.sources import full_name, load_packed
 from support.errors import NotAvailable, UserError
-from support.machine import check_memory
+from support.machine import free_memory
 
 DATASETS = {"mnist": load_mnist, "fashion": load_fashion, "kmnist": load_kmnist, "glyphs": load_glyphs}
 
 
 class Dataset(NamedTuple):
-    """Images (N, C, H, W) uint8, squares perhaps padded from `size`, the height and width of the data; labels (N,).
+    """Images (N, C, H, W) uint8, which are squares, labels (N,); `size` is their height and width before padding.
 
     Of an autoencoder's latents: `images` are means and deviations, see loaders/latents.py.
     """
@@ -40,7 +39,7 @@ class Dataset(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, which is the training part's to say."""
+        """How many classes there are, of a training part: a test part may lack the last ones."""
         return int(self.labels.max()) + 1
 
     @property
@@ -50,10 +49,8 @@ class Dataset(NamedTuple):
 
     def to(self, device: torch.device) -> "Dataset":
         """The same with its images on a GPU, if they take at most half of what is free there; the labels always."""
-        labels = self.labels.to(device)
-        if device.type == "cuda" and 2 * self.images.nbytes > torch.cuda.mem_get_info(device)[0]:
-            return self._replace(labels=labels)
-        return self._replace(images=self.images.to(device), labels=labels)
+        fits = device.type == "cpu" or 2 * self.images.nbytes <= free_memory(device)
+        return self._replace(images=self.images.to(device) if fits else self.images, labels=self.labels.to(device))
 
     def draw(self, index: Tensor, mirrored: Tensor | None, generator: Generator) -> tuple[Tensor, Tensor]:
         """x_0 (B, C, H, W) and labels (B,) at index (B,), on its device; some mirrored (B,), by their columns."""
@@ -66,11 +63,11 @@ class Dataset(NamedTuple):
         return x0, self.labels[index]
 
     def fetch(self, index: Tensor) -> Tensor:
-        """The images at index (B,), copied to its device, if need be, without waiting for it."""
+        """The images at index (B,), on its device; where that is CUDA's, copied to it without waiting."""
         images = self.images[index.to(self.images.device)]
         if index.device.type == "cuda" and images.device.type == "cpu":
-            images = images.pin_memory()
-        return images.to(index.device, non_blocking=True)
+            return images.pin_memory().to(index.device, non_blocking=True)
+        return images.to(index.device)
 
 
 def load_dataset(
@@ -99,17 +96,10 @@ def load_dataset(
     else:
         *loaded, about = load_packed(name, Path(data_dir), train, image_size, skip_damaged)
     images, labels, class_names = check_loaded(loaded, f"dataset {name}", train)
-    height, width = images.shape[2:]
-    if about:
-        return Dataset(name, images, labels, (height, width), tuple(class_names) or None, about)
-    size = image_size or max(height, width)
-    if size < max(height, width):
-        raise UserError(f"image_size {size} is smaller than the {height} x {width} images of {name}")
-    room = len(images) * images.shape[1] * size**2
-    check_memory(room, f"{len(images):,} images of {size} x {size}", "try a smaller --image-size")
-    left, top = (size - width) // 2, (size - height) // 2
-    images = F.pad(images, (left, size - width - left, top, size - height - top))
-    return Dataset(name, images, labels, (height, width), tuple(class_names) or None)
+    size = tuple(images.shape[2:])
+    if about is None:
+        images = padded(images, image_size, name)
+    return Dataset(name, images, labels, size, tuple(class_names) or None, about)
 
 
 def normalize(images: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ if __name__ == "__main__":
     start_quietly()  # before all else is imported
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -44,7 +45,7 @@ from inference import describe_sampling, draw_images, network_evaluations
 from support.autoencoder import decode, load_vae
 from support.checkpoint import build_process, load_model
 from support.classifier import HELD_OUT, Classifier, judge_of, mixed_order, quarter_turns, split_training
-from support.command_line import Parser, run_script
+from support.command_line import Parser, run_script, shown
 from support.errors import UserError, check_limits, flag_of, is_memory_error
 from support.files import check_path, save_json, warn
 from support.machine import choose_device
@@ -305,7 +306,8 @@ def report_bits(given: dict, data_dir: Path) -> dict:
 
 def print_table(report: dict) -> None:
     """The figures of all seeds beside those of real images."""
-    print(f"\n{report['images']} images of {report['dataset']}, {report['settings']}\n{report['compared']}\n")
+    dataset = shown(report["dataset"]) if os.path.isabs(report["dataset"]) else report["dataset"]
+    print(f"\n{report['images']} images of {dataset}, {report['settings']}\n{report['compared']}\n")
     print(f"{'':12}{'generated':>12}{'+-':>10}{'real':>12}")
     for name, real in report["real"].items():
         values = [figures[name] for figures in report["generated"] if name in figures]
@@ -376,6 +378,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Image files are brought to the size of what is compared with them; arrays have one of their own.
     train, test = load_both(name, data_dir, None if name in DATASETS else max(shape[1:]), skip_damaged)
+    if fid and train.images.shape[1] not in (1, 3):
+        raise UserError(f"--fid is of grey images or of colour; {train.name}'s have {train.images.shape[1]} channels")
     if npz:
         check_fit(shape, labels, train)
     else:

@@ -25,9 +25,9 @@ from support.autoencoder import decode, load_vae
 from support.checkpoint import build_process, class_names_of, load_model
 from support.command_line import Parser, Progress, counted, parse_labels, run_script, shown
 from support.errors import UserError
-from support.files import check_path, writing
+from support.files import check_new_folder, check_path, writing
 from support.machine import check_memory, choose_device
-from support.pictures import check_png_dir, frames_shown, save_gif, save_png, save_png_dir, save_strip
+from support.pictures import frames_shown, save_gif, save_png, save_png_dir, save_strip
 from support.published import PUBLISHED
 
 BATCH_SIZE, MOST_TOKENS = 500, 50_000  # of what is drawn at a time; part of what a seed means
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         if path:
             check_path(flag, path, suffix)
     if png_dir:
-        check_png_dir(png_dir)
+        check_new_folder("--png-dir", png_dir)
 
     device = choose_device(given.pop("device", "auto"))
     model, config = load_model(given.pop("checkpoint", ROOT / "model.pth"), device, given.pop("published", None))

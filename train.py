@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,10 @@ def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optim
 def draw_batch(
     data: Dataset, process: Diffusion, config: Config, step: int, device: torch.device | str = "cpu"
 ) -> list[tuple[Tensor, ...]]:
-    """A step's batch in accumulation_steps parts: x0 (B, C, H, W) in [-1, 1], y (B,), t (B,), noise (B, C, H, W).
+    """A step's batch in accumulation_steps parts: x0 (B, C, H, W), y (B,), t (B,), noise (B, C, H, W).
 
-    All of it follows from (seed, step). Some of the labels are dropped, for guidance: the null class stands in their
-    place. With flip, half of the images are mirrored.
+    x0 is in [-1, 1], or a latent. All of it follows from (seed, step). Some of the labels are dropped, for guidance:
+    the null class stands in their place. With flip, half of the images are mirrored.
     """
     generator = torch.Generator(device).manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # seeds start far apart
     shape = (config.batch_size,)
@@ -127,11 +128,10 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")  # not of the loss
 
-    def batch_of(step: int) -> list[tuple[Tensor, ...]]:
-        return draw_batch(data, process, config, step, device)
+    batch_of = partial(draw_batch, data, process, config, device=device)
 
     def try_step(network: nn.Module) -> Tensor:
-        x0, y, *drawn = batch_of(step)[0]
+        x0, y, *drawn = draw_batch(data, process, config, step, device)[0]
         return process.loss(autocast(network), x0, y, drawn=drawn)
 
     def save_checkpoint() -> None:
@@ -148,7 +148,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         print_summary(config, model, data, device, step)
         compiling = config.compile == "on" and step < config.train_steps
         network = autocast(compile_network(model, try_step) if compiling else model)
-        if data.about or data.images.device != device:  # it may come from a disk, or has to go to a GPU
+        if data.images.device.type == "cpu" and (data.about or device.type != "cpu"):  # from a disk, or to a GPU
             batch_of = stack.enter_context(closing(Ahead(batch_of, config.train_steps)))
         signals = stack.enter_context(deferred_signals())  # from here on Ctrl-C saves; while compiling it acts at once
         while step < config.train_steps and not signals:

@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from support.errors import UserError
+from support.machine import check_memory
 
 
 def check_loaded(loaded: Any, name: str, train: bool) -> tuple[Tensor, Tensor, list[str]]:
@@ -51,6 +53,22 @@ def check_loaded(loaded: Any, name: str, train: bool) -> tuple[Tensor, Tensor, l
     enough = len(names) == there[-1] + 1 if train else len(names) > there[-1]
     promise(enough, f"there must be a class name for each label, 0 to {there[-1]}", f"{len(names)} of them")
     return images, labels, list(names)
+
+
+def padded(images: Tensor, image_size: int | None, name: str) -> Tensor:
+    """Images (N, C, H, W) with a black margin that makes squares of them, of image_size or as small as can be.
+
+    Raises:
+        UserError: if image_size is smaller than the images, or memory too small.
+    """
+    height, width = images.shape[2:]
+    size = image_size or max(height, width)
+    if size < max(height, width):
+        raise UserError(f"image_size {size} is smaller than the {height} x {width} images of {name}")
+    room = len(images) * images.shape[1] * size**2
+    check_memory(room, f"{len(images):,} images of {size} x {size}", "try a smaller --image-size")
+    left, top = (size - width) // 2, (size - height) // 2
+    return F.pad(images, (left, size - width - left, top, size - height - top))
 
 
 def kind(value: Any) -> str:

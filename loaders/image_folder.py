@@ -143,7 +143,7 @@ def list_zip(archive: zipfile.ZipFile, where: str) -> tuple[Listing, dict[str, z
     for member in archive.infolist():
         name = member.filename.replace("\\", "/").removeprefix("./")  # the former as some programs write on Windows
         folder, _, file = name.rpartition("/")
-        if name[:1] == "/" or name[1:2] == ":" or "../" in name:
+        if name[:1] == "/" or name[1:3] == ":/" or ".." in name.split("/"):
             raise UserError(f"{where}: the name {member.filename} leads out of the zip; make it anew")
         if folder not in visible:
             parts = folder.split("/")

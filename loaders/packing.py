@@ -24,7 +24,7 @@ from torch import Tensor
 
 from support.command_line import Progress
 from support.errors import DamagedFile, UserError, is_memory_error, reason_of
-from support.files import locked, save_json, unwritable, warn
+from support.files import locked, save_json, unwritable, warn, writing_folder
 
 MOST_PIXELS = 100_000_000  # of an image: decoded, it takes three bytes each
 LARGEST_OWN = 64  # images that are all equal squares, at most so large, keep their size; others are brought to this one
@@ -340,9 +340,7 @@ def new_pack(folder: Path, key: str, about: dict[str, Any]) -> Iterator[NewPack]
     Raises:
         UserError: if it cannot be written (disk full, no permission); what was there before is intact.
     """
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
+    with writing_folder(folder) as temporary:
         about["key"] = key
         new = NewPack(temporary, about)
         try:
@@ -351,9 +349,3 @@ def new_pack(folder: Path, key: str, about: dict[str, Any]) -> Iterator[NewPack]
         finally:
             with contextlib.suppress(OSError):  # which was raised before
                 new.file.close()
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -7,13 +7,9 @@
 adversarial part), so that the whole way from pictures to latents and back needs no download.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ from loaders.latents import pack_latents
 from loaders.sources import packed_folder
 from support.command_line import Parser, Progress, run_script, shown
 from support.errors import UserError, believing, optional
+from support.files import check_new_folder, writing_folder
 from support.machine import choose_device
 from support.pictures import save_png
 
@@ -125,11 +122,18 @@ def latent_size(vae: nn.Module, image_size: int) -> int:
     """Latents a side of an image; UserError where its pixels do not divide."""
     factor = downsampling(vae)
     if image_size % factor:
-        near = max(1, round(image_size / factor)) * factor
+        near = math.ceil(image_size / factor) * factor  # for an array's images cannot be smaller
         raise UserError(
             f"image_size {image_size} is not divisible by {factor}, as the autoencoder needs it; try {near}"
         )
     return image_size // factor
+
+
+def in_colour(x: Tensor) -> Tensor:
+    """Images (N, 3 or 1, H, W) -> (N, 3, H, W): grey is taken for a colour. UserError for any other channels."""
+    if x.shape[1] not in (1, 3):
+        raise UserError(f"an autoencoder is of colour images, or grey ones; these have {x.shape[1]} channels")
+    return x.expand(-1, 3, -1, -1)
 
 
 @torch.no_grad()
@@ -145,7 +149,7 @@ def encode(vae: nn.Module, x: Tensor) -> Tensor:
         latent_size(vae, side)
     parts = []
     for part in x.split(max(1, AT_A_TIME // x[0, 0].numel())):
-        encoded = vae.encode(part.expand(-1, 3, -1, -1))
+        encoded = vae.encode(in_colour(part))
         if hasattr(encoded, "latent_dist"):
             parts.append(torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1))
         else:
@@ -168,15 +172,15 @@ def decode(vae: nn.Module | None, latents: Tensor) -> Tensor:
 def encode_dataset(data: Dataset, vae: nn.Module, data_dir: Path, flip: bool) -> Dataset:
     """A dataset as latents, which are encoded once and packed in data_dir; with `flip` the mirrored ones too."""
     device, about = next(vae.parameters()).device, about_vae(vae)
-    folder = packed_folder(data_dir, data.name) / f"latents-{about['vae'][:8]}-{data.size[0]}{'-flip' if flip else ''}"
-    key = data.about["key"] if data.about else hashlib.sha256(data.images.numpy()).hexdigest()
+    kind = f"latents-{about['vae'][:8]}-{data.images.shape[-1]}{'-flip' if flip else ''}"
+    key = data.about["key"] if data.about else hashlib.sha256(data.images.contiguous().numpy()).hexdigest()
     key += hashlib.sha256(data.labels.numpy()).hexdigest()
     pack = pack_latents(
         data.name,
         data.images,
         data.labels,
         lambda images: encode(vae, normalize(images).to(device)),
-        folder,
+        packed_folder(data_dir, data.name) / kind,
         key,
         flip,
         about | {"class_names": list(data.class_names or ())},
@@ -217,7 +221,7 @@ def train_vae(vae: nn.Module, images: Tensor, steps: int, generator: torch.Gener
             rate = min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
             indices = torch.randint(len(images), (BATCH_SIZE,), generator=generator)
-            x = normalize(images[indices].to(device)).expand(-1, 3, -1, -1)
+            x = in_colour(normalize(images[indices].to(device)))
             latents = vae.encode(x).latent_dist
             noise = torch.randn(latents.mean.shape, generator=generator).to(device)
             reconstruction = vae.decode(latents.mean + latents.std * noise).sample
@@ -250,21 +254,6 @@ def reconstruct(vae: nn.Module, images: Tensor) -> Tensor:
     return decode(vae, (mean - shift) * scale).clamp(-1, 1).cpu()
 
 
-@contextlib.contextmanager
-def writing_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, which becomes `path` once it is whole; UserError if there is something already."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        what = "holds an autoencoder" if (path / "config.json").exists() else "is there and not an empty folder"
-        raise UserError(f"--out-dir {path} {what}; give another, or delete it")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Train a small autoencoder, for models of latents, on the images of a data set.")
     parser.usage = "python -m support.autoencoder --out-dir DIR [--flag value ...]"
@@ -284,7 +273,8 @@ def main(argv: list[str] | None = None) -> None:
     config = Config(**given, patch_size=None)  # which need not divide the size of these images
     device, generator = choose_device(config.device), torch.Generator().manual_seed(config.seed)
     settings = dict(image_size=config.image_size, skip_damaged=config.skip_damaged)
-    with writing_folder(Path(folder)) as temporary:
+    check_new_folder("--out-dir", folder)
+    with writing_folder(folder) as temporary:
         train = load_dataset(config.dataset, config.data_folder, **settings).images
         test = load_dataset(config.dataset, config.data_folder, train=False, **settings).images
         torch.manual_seed(config.seed)
@@ -301,7 +291,7 @@ def report(vae: nn.Module, images: Tensor, path: Path) -> None:
     """Print the error of the reconstruction of images (N, C, H, W) uint8; draw originals above reconstructions."""
     error, first = 0.0, None
     for part in images.split(500):
-        x, again = normalize(part).expand(-1, 3, -1, -1), reconstruct(vae, part)
+        x, again = in_colour(normalize(part)), reconstruct(vae, part)
         error += (again - x).square().sum().item() / (3 * images[:, 0].numel())
         first = (x, again) if first is None else first
     pictures = [part[start : start + 12] for start in (0, 12, 24) for part in first]

@@ -204,7 +204,9 @@ def start_from(path: str | Path, model: DiT, config: Config) -> None:
     rows = state["y_embedder.embedding_table.weight"]
     fresh = model.y_embedder.embedding_table.weight.clone()
     model.load_state_dict(state | {"y_embedder.embedding_table.weight": fresh})
-    known, table, new = class_names_of(theirs), model.y_embedder.embedding_table.weight, []
+    # The only class of a folder has no name, and number 0 means something else where there are several.
+    known = class_names_of(theirs) if config.num_classes > 1 or theirs.num_classes == 1 else []
+    table, new = model.y_embedder.embedding_table.weight, []
     table[-1] = rows[-1]  # the null class
     for i, name in enumerate(class_names_of(config)):
         if name in known:

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import stat
 import sys
 import warnings
@@ -55,6 +56,26 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
             os.remove(temporary)
 
 
+@contextlib.contextmanager
+def writing_folder(path: str | Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `path`, and of all that is in it, once it is whole.
+
+    Raises:
+        UserError: if it cannot be written (disk full, no permission); what was there before is intact.
+    """
+    target = Path(path).resolve()
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def unwritable(path: str | Path, error: OSError) -> UserError:
     """What to say of a file that could not be written."""
     return UserError(f"cannot write {path} ({error.strerror or error}); free some space or choose another folder")
@@ -92,6 +113,14 @@ def check_path(flag: str, path: str, suffix: str) -> None:
         raise UserError(f"{flag} {path}: its folder does not exist; create it first")
     if not os.access(folder, os.W_OK):
         raise UserError(f"{flag} {path}: nothing can be written in its folder; choose another")
+
+
+def check_new_folder(flag: str, folder: str | Path) -> None:
+    """Refuse, before the work, a folder that is to be written and holds something already."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "is not empty" if folder.is_dir() else "is a file"
+        raise UserError(f"{flag} {folder} {what}; give a new folder, or an empty one")
 
 
 @contextlib.contextmanager

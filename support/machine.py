@@ -56,6 +56,13 @@ def check_memory(needed: float, what: str, advice: str, device: torch.device | N
         )
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU."""
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def compile_network(model: nn.Module, loss_of: Callable[[Callable], Tensor]) -> Callable:
     """The model compiled, tried on the gradient of one loss; or the model itself, said aloud, where none compiles."""
     if torch._dynamo.config.disable:

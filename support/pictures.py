@@ -1,9 +1,7 @@
 """Pictures of images: a grid, the strip from noise to image, an animation, a folder of PNGs."""
 
 import math
-import os
 import re
-import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from dataset import denormalize, normalize
 from support.errors import UserError, one_line
-from support.files import unwritable, writing
+from support.files import check_new_folder, writing, writing_folder
 
 BORDER = 64  # the grey between images
 
@@ -159,16 +157,6 @@ def save_loss_plot(path: Path, rows: list[str]) -> None:
         figure.savefig(file, format="png", dpi=120)
 
 
-def check_png_dir(folder: str | Path) -> None:
-    """Refuse a folder that save_png_dir could not write, before the work rather than after it."""
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "is not empty" if folder.is_dir() else "is a file"
-        raise UserError(f"--png-dir {folder} {what}; give a new folder, or an empty one")
-    if not folder.absolute().parent.is_dir():
-        raise UserError(f"--png-dir {folder}: the folder it is to be in does not exist; create it first")
-
-
 def save_png_dir(
     images: Tensor, labels: list[int], folder: str | Path, class_names: Sequence[str] | None = None
 ) -> None:
@@ -180,23 +168,14 @@ def save_png_dir(
     Raises:
         UserError: for a folder that is not empty, for images of other channels than 1 or 3, or if it cannot be written.
     """
-    check_png_dir(folder)
+    check_new_folder("--png-dir", folder)
     if images.shape[1] not in (1, 3):
         raise UserError(f"--png-dir {folder}: images of {images.shape[1]} channels are no PNGs; give --npz instead")
     digits = max(6, len(str(len(images) - 1)))
-    target = Path(folder).resolve()
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir()
+    with writing_folder(folder) as temporary:
         for start in range(0, len(images), 1000):
             pixels = denormalize(images[start : start + 1000]).permute(0, 2, 3, 1).cpu().numpy()
             for i, (picture, label) in enumerate(zip(pixels, labels[start : start + 1000]), start):
                 name = re.sub(r"\W+", "_", class_names[label])[:60] if class_names else label
-                Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture).save(
-                    temporary / f"{i:0{digits}}-{name}.png"
-                )
-        temporary.replace(target)
-    except OSError as error:
-        raise unwritable(folder, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+                image = Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture)
+                image.save(temporary / f"{i:0{digits}}-{name}.png")

@@ -11,12 +11,13 @@ from dataset import DATASETS, Dataset, load_dataset
 from loaders.sources import full_name
 from support.autoencoder import downsampling, encode_dataset, open_vae
 from support.checkpoint import settings_of
+from support.errors import UserError
 from support.machine import choose_compile, choose_precision
 
 
 def rooted(given: dict[str, Any]) -> dict[str, Any]:
     """Flags given, their paths from the root, so that they mean the same wherever a run goes on."""
-    paths = {name: os.path.abspath(given[name]) for name in ("vae", "init_from") if name in given}
+    paths = {name: os.path.abspath(os.path.expanduser(given[name])) for name in ("vae", "init_from") if name in given}
     names = {"dataset": full_name(given["dataset"], ("auto", *DATASETS))} if "dataset" in given else {}
     return given | paths | names
 
@@ -35,8 +36,18 @@ def new_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def suitable_patch(side: int) -> int:
-    """The patch size for images of this side: the largest of at most 8 pixels that leaves 4 x 4 tokens or more."""
-    return max(patch for patch in range(1, 9) if side % patch == 0 and (4 * patch <= side or patch == 1))
+    """The patch size for images of this side: the largest of at most 8 pixels that leaves 4 x 4 tokens or more.
+
+    Raises:
+        UserError: if that is one pixel, and there are many.
+    """
+    patch = max(patch for patch in range(1, 9) if side % patch == 0 and (4 * patch <= side or patch == 1))
+    if patch == 1 and side > 16:
+        near = 8 * round(side / 8)
+        raise UserError(
+            f"images of {side} x {side} do not divide into patches of 2 to 8 pixels; try --image-size {near}"
+        )
+    return patch
 
 
 def prepare(config: Config, device: torch.device) -> tuple[Config, Dataset, nn.Module | None]:

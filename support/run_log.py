@@ -17,7 +17,7 @@ COLUMNS = "step,loss,learning_rate,images_per_second"
 def print_summary(config: Config, model: nn.Module, data: Dataset, device: torch.device, step: int) -> None:
     """What will be done, before it is: a line on each part."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    images = f"{len(data.images):,} images of {tuple(data.images.shape[1:])}"
+    images = f"{len(data.labels):,} images of {(data.channels, *data.images.shape[2:])}"  # of latents more is kept
     options = ("prediction", *OPTIONS[config.process], "time_sampling", "time_mean")
     print(f"device     {device}, {config.precision}, {torch.get_num_threads()} threads, compile {config.compile}")
     print(f"data       {shown(data.name)}: {images}, {config.num_classes} labels")

@@ -108,9 +108,10 @@ def restore_run(
 ) -> list:
     """Put a checkpoint's state into a fresh run; returns its progress: step, rows, loss_sum, loss_count, seconds."""
     path = out_dir / "checkpoint.pth"
-    for name in ("in_channels", "num_classes"):
-        was, is_now = state["config"][name], getattr(model, name)
-        if was != is_now:
+    there = {"in_channels": data.channels, "num_classes": data.num_classes, "class_names": data.class_names}
+    for name, is_now in there.items():
+        was = state["config"].get(name)
+        if was not in (None, is_now):  # class names may be told later
             raise UserError(f"{path}: {name} of its data was {was}, now it is {is_now}; name its --data-dir")
     with believing(f"{path} holds no run to go on with"):
         model.load_state_dict(state["model"])
@@ -170,6 +171,8 @@ def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     with locked(path.parent):
         config, state = load_checkpoint(path)
     free = FREE_ON_RESUME + (("train_steps",) if config.lr_decay == "constant" else ())
+    # A folder of images or of an autoencoder may have moved; whether it is the same is seen when it is read.
+    free += tuple(n for n in ("dataset", "vae") if all(os.path.isabs(str(v)) for v in (given.get(n), vars(config)[n])))
     for name, value in given.items():
         if name not in free and value not in (getattr(config, name), "auto"):
             then = getattr(config, name)

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 from torchvision.datasets.utils import calculate_md5
 
 import inference
 import train
 from config import Config
-from dataset import DATASETS, denormalize, load_dataset, normalize
+from dataset import DATASETS, Dataset, denormalize, load_dataset, normalize
 from dit import DiT
 from loaders import download, glyphs, mnist
 from loaders.check import check_loaded
@@ -451,6 +452,27 @@ def test_unlabelled_images_are_one_class_without_guidance_or_doubled_steps(monke
 def test_an_unknown_dataset_is_refused_naming_the_known():
     with pytest.raises(UserError, match="'cifar' is not one of auto, mnist, fashion, kmnist, glyphs"):
         load_dataset("cifar", "nowhere")
+
+
+@pytest.mark.parametrize("free, where", [(2 * STRIPES.nbytes, "meta"), (2 * STRIPES.nbytes - 1, "cpu")])
+def test_on_a_gpu_are_the_labels_and_the_images_that_take_half_of_it_at_most(free, where, monkeypatch):
+    monkeypatch.setattr("dataset.free_memory", lambda device: {"meta": free}[device.type])
+    data = Dataset("own", STRIPES, THREE, (10, 8)).to(torch.device("meta"))  # any device but the CPU
+    assert (data.images.device.type, data.labels.device.type) == (where, "meta")
+    here = Dataset("own", STRIPES, THREE, (10, 8)).to(torch.device("cpu"))
+    assert here.images.data_ptr() == STRIPES.data_ptr()  # what is mapped from a disk stays there
+
+
+@pytest.mark.parametrize("latents", [None, dict(scale=1.0, shift=0.0, deviation=False)])
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_a_batch_is_on_the_gpu_wherever_the_images_are(place, latents, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)  # which no stand-in for a GPU can
+    with FakeTensorMode():  # in which to mix devices is an error as on a GPU
+        images = torch.zeros(20, 3, 8, 8, dtype=torch.uint8, device=place)
+        data = Dataset("own", images, torch.zeros(10, dtype=torch.int64, device="cuda"), (8, 8), latents=latents)
+        index, mirrored = (torch.zeros(4, dtype=kind, device="cuda") for kind in (torch.int64, torch.bool))
+        x0, y = data.draw(index, mirrored, None)
+        assert (x0.shape, x0.device.type, y.device.type) == ((4, 3, 8, 8), "cuda", "cuda")
 
 
 def test_normalize_and_back():

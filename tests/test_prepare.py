@@ -25,8 +25,10 @@ def fit(out_dir, *flags):
 
 
 def test_the_patch_is_of_at_most_eight_pixels_and_leaves_sixteen_tokens():
-    for side, patch in {28: 7, 32: 8, 64: 8, 256: 8, 16: 4, 8: 2, 4: 1, 2: 1, 30: 6, 31: 1}.items():
+    for side, patch in {28: 7, 32: 8, 64: 8, 256: 8, 16: 4, 8: 2, 4: 1, 2: 1, 30: 6, 13: 1}.items():
         assert suitable_patch(side) == patch
+    with pytest.raises(UserError, match="images of 61 x 61 do not divide into patches of 2 to 8 pixels; .* 64$"):
+        suitable_patch(61)
 
 
 def test_a_folder_is_settled_by_its_images(pictures_dir, tmp_path):
@@ -187,7 +189,7 @@ def test_latents_are_trained_on_sampled_and_resumed(pictures_dir, vae_dir, tmp_p
     train.main(["--out-dir", str(tmp_path / "run"), "--train-steps", "9", "--resume"])
     a, b = (load_file(tmp_path / name / "checkpoint.pth")["model"] for name in ("run", "whole"))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    with pytest.raises(UserError, match="--vae .* differs from the run's"):
+    with pytest.raises(UserError, match="--vae .* holds no AutoencoderKL"):
         train.main(["--out-dir", str(tmp_path / "run"), "--vae", str(pictures_dir), "--resume"])
 
 
@@ -226,3 +228,24 @@ def test_images_that_changed_since_are_told_of_when_a_run_goes_on(pictures_dir, 
     (tmp_path / "own" / "frog" / "0.png").unlink()
     fit(tmp_path / "run", *flags, "--train-steps", 5, "--resume")
     assert f"the images of {tmp_path / 'own'}, or their autoencoder, have changed since" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_where_its_images_have_moved_to(pictures_dir, tmp_path, capsys):
+    shutil.copytree(pictures_dir, tmp_path / "here")
+    flags = ["--data-dir", tmp_path, "--lr-decay", "constant"]
+    fit(tmp_path / "run", "--dataset", tmp_path / "here", *flags, "--train-steps", 3)
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(UserError, match="here' is not one of"):
+        fit(tmp_path / "run", *flags, "--train-steps", 4, "--resume")
+    fit(tmp_path / "run", "--dataset", tmp_path / "there", *flags, "--train-steps", 4, "--resume")
+    assert "have changed since" not in capsys.readouterr().err
+    assert load_model(tmp_path / "run" / "model.pth")[1].dataset == str(tmp_path / "there")
+    with pytest.raises(UserError, match="--dataset glyphs differs from the run's"):
+        fit(tmp_path / "run", "--dataset", "glyphs", *flags, "--resume")
+
+
+def test_the_only_class_of_a_folder_is_no_class_of_the_weights_it_starts_from(pictures_dir, tmp_path, capsys):
+    fit(tmp_path / "a", "--dataset", pictures_dir, "--data-dir", tmp_path, "--train-steps", 1)
+    flags = ["--dataset", pictures_dir / "frog", "--data-dir", tmp_path, "--train-steps", 1]
+    fit(tmp_path / "b", *flags, "--init-from", tmp_path / "a" / "model.pth")
+    assert "which know 0 of the classes" in capsys.readouterr().out

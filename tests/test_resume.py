@@ -197,11 +197,13 @@ def test_the_data_are_where_today_says_else_where_they_were(tmp_path, monkeypatc
 
 
 def test_data_of_another_kind_are_told_by_name(tmp_path, monkeypatch):
-    fit(tmp_path, "--train-steps", 1)
     images, labels = dataset.DATASETS["blobs"]("", True)
+    monkeypatch.setitem(dataset.DATASETS, "blobs", lambda folder, train: (images, labels, list("abcd")))
+    fit(tmp_path, "--train-steps", 1)
     for name, other in (
         ("in_channels of its data was 1, now it is 3", (images.expand(-1, 3, -1, -1), labels)),
         ("num_classes of its data was 4, now it is 2", (images, labels % 2)),
+        (r"class_names of its data was .*'c', 'd'\), now it is .*'c', 'e'\)", (images, labels, list("abce"))),
     ):
         monkeypatch.setitem(dataset.DATASETS, "blobs", lambda folder, train, other=other: other)
         with pytest.raises(UserError, match=f"checkpoint.pth: {name}; name its --data-dir"):
