@@ -202,11 +202,12 @@ def parts_of(listing: Listing) -> tuple[str, str | None]:
     top = ""
     while True:
         inside = {name.removeprefix(top) for name in listing.folders if name.startswith(top)}
-        folders = {name.lower(): f"{top}{name}/" for name in sorted(inside) if "/" not in name}
+        first = sorted(name for name in inside if "/" not in name)
+        folders = {name.lower(): f"{top}{name}/" for name in first}
         tests = [folders[name] for name in TEST_NAMES if name in folders]
         if "train" in folders and tests:
             return folders["train"], tests[0]
-        alone = len(folders) == 1 and len(inside) > 1  # one folder, and folders in it
+        alone = len(first) == 1 and len(inside) > 1  # one folder, and folders in it
         if not alone or any("/" not in name.removeprefix(top) for name in listing.images):
             return top, None
         top = folders.popitem()[1]
