@@ -148,7 +148,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         print_summary(config, model, data, device, step)
         compiling = config.compile == "on" and step < config.train_steps
         network = autocast(compile_network(model, try_step) if compiling else model)
-        if data.images.device.type == "cpu" and (data.about or device.type != "cpu"):  # from a disk, or to a GPU
+        if data.images.device.type != device.type:  # they do not fit on the GPU
             batch_of = stack.enter_context(closing(Ahead(batch_of, config.train_steps)))
         signals = stack.enter_context(deferred_signals())  # from here on Ctrl-C saves; while compiling it acts at once
         while step < config.train_steps and not signals:

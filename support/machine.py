@@ -82,7 +82,9 @@ def compile_network(model: nn.Module, loss_of: Callable[[Callable], Tensor]) -> 
 
 
 class Ahead:
-    """batch_of(step), of which that of the next step is made meanwhile, in a thread: it may have to come from a disk.
+    """batch_of(step), of which that of the next step is made meanwhile, in a thread, while a GPU is at work.
+
+    On a CPU that trains it would only take the place of the training.
 
     Args:
         batch_of: a function of the step alone.

@@ -1,4 +1,6 @@
 import shutil
+from contextlib import closing
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,11 +10,11 @@ from PIL import Image
 
 import train
 from config import Config, preset
-from dataset import load_dataset
 from inference import denoise
-from support.checkpoint import class_names_of, load_model
+from support.checkpoint import build_process, class_names_of, load_model
 from support.errors import UserError
 from support.files import load_file
+from support.machine import Ahead
 from support.prepare import new_settings, prepare, suitable_patch
 
 CPU = torch.device("cpu")
@@ -83,19 +85,18 @@ def test_a_run_on_a_folder_is_resumed_to_the_same_bits(pictures_dir, tmp_path):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
-def test_what_is_read_ahead_is_what_would_be_read(pictures_dir, tmp_path, monkeypatch):
-    flags = ["--dataset", pictures_dir, "--data-dir", tmp_path, "--train-steps", 7, "--accumulation-steps", 2]
-    fit(tmp_path / "ahead", *flags)
-
-    def in_memory(*arguments, **named):
-        data = load_dataset(*arguments, **named)
-        return data._replace(images=data.images.clone(), about=None)
-
-    monkeypatch.setattr("support.prepare.load_dataset", in_memory)
-    monkeypatch.setattr(train, "Ahead", None)
-    fit(tmp_path / "memory", *flags)
-    ahead, memory = (load_file(tmp_path / name / "checkpoint.pth")["model"] for name in ("ahead", "memory"))
-    assert all(torch.equal(ahead[name], memory[name]) for name in ahead)
+def test_what_is_drawn_ahead_is_what_would_be_drawn(pictures_dir, tmp_path):
+    config = preset("pictures", dataset=str(pictures_dir), data_dir=str(tmp_path), image_size=16, flip=True)
+    config, data, _ = prepare(config, CPU)
+    batch_of = partial(train.draw_batch, data, build_process(config), config)
+    with closing(Ahead(batch_of, end=5)) as ahead:
+        for step in (0, 1, 2, 4):  # what was not expected is drawn as well
+            for part, other in zip(ahead(step), batch_of(step), strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(part, other, strict=True))
+        assert not ahead.coming  # after the last there is none
+    with closing(Ahead(lambda step: 1 / (step - 1), end=5)) as ahead, pytest.raises(ZeroDivisionError):
+        ahead(0)
+        ahead(1)
 
 
 def test_one_class_has_no_labels_to_drop(pictures_dir, tmp_path):
