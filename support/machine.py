@@ -98,8 +98,8 @@ class Ahead:
     def __call__(self, step: int) -> Any:
         coming = self.coming.pop(step, None) or self.worker.submit(self.batch_of, step)
         batch = coming.result()
-        if step + 1 < self.end:
-            self.coming = {step + 1: self.worker.submit(self.batch_of, step + 1)}
+        following = step + 1
+        self.coming = {following: self.worker.submit(self.batch_of, following)} if following < self.end else {}
         return batch
 
     def close(self) -> None:
