@@ -349,3 +349,4 @@ def new_pack(folder: Path, key: str, about: dict[str, Any]) -> Iterator[NewPack]
         finally:
             with contextlib.suppress(OSError):  # which was raised before
                 new.file.close()
+        shutil.rmtree(folder, ignore_errors=True)  # the stale one

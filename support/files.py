@@ -58,17 +58,18 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def writing_folder(path: str | Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `path`, and of all that is in it, once it is whole.
+    """An empty folder to fill, which becomes `path` once it is whole; an empty one may be there.
 
     Raises:
-        UserError: if it cannot be written (disk full, no permission); what was there before is intact.
+        UserError: if it cannot be written (disk full, no permission, something is there); what was there is intact.
     """
     target = Path(path).resolve()
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            target.rmdir()  # not what somebody has put there meanwhile
         temporary.rename(target)
     except OSError as error:
         raise unwritable(path, error) from error

@@ -20,7 +20,7 @@ from support import files
 from support.classifier import Classifier, load_classifier
 from support.command_line import run_script
 from support.errors import DamagedFile, UserError
-from support.files import append_line, check_path, load_file, locked, read_file, save_file, writing
+from support.files import append_line, check_path, load_file, locked, read_file, save_file, writing, writing_folder
 from support.pictures import save_gif, save_loss_plot, save_png, save_strip
 
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
@@ -436,3 +436,16 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path, monkeypat
     assert load_glyphs(str(tmp_path), train=True) == tuple(drawn)
     assert "drawn anew each time: cannot write" in capsys.readouterr().err
     assert not list((tmp_path / "glyphs").iterdir())
+
+
+def test_a_folder_is_whole_or_not_there_and_never_takes_the_place_of_another(tmp_path):
+    with writing_folder(tmp_path / "new" / "a") as folder:
+        (folder / "file").write_text("1")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
+    assert (tmp_path / "new" / "a" / "file").read_text() == "1"
+    (tmp_path / "late").mkdir()
+    with pytest.raises(UserError, match="cannot write .*late"), writing_folder(tmp_path / "late") as folder:
+        (folder / "file").write_text("2")
+        (tmp_path / "late" / "mine").write_text("3")  # somebody else's, meanwhile
+    assert [path.name for path in (tmp_path / "late").iterdir()] == ["mine"]
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "late"}
