@@ -26,7 +26,6 @@ if __name__ == "__main__":
     start_quietly()  # before all else is imported
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -306,8 +305,7 @@ def report_bits(given: dict, data_dir: Path) -> dict:
 
 def print_table(report: dict) -> None:
     """The figures of all seeds beside those of real images."""
-    dataset = shown(report["dataset"]) if os.path.isabs(report["dataset"]) else report["dataset"]
-    print(f"\n{report['images']} images of {dataset}, {report['settings']}\n{report['compared']}\n")
+    print(f"\n{report['images']} images of {shown(report['dataset'])}, {report['settings']}\n{report['compared']}\n")
     print(f"{'':12}{'generated':>12}{'+-':>10}{'real':>12}")
     for name, real in report["real"].items():
         values = [figures[name] for figures in report["generated"] if name in figures]

@@ -164,8 +164,7 @@ def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
         UserError: if it is not there, a flag contradicts it, or its run has not ended.
     """
     given = rooted(given)
-    chosen = {name: given[name] for name in ("out_dir",) if name in given}
-    path = Config(preset=preset_of(given), **chosen).run_dir / "checkpoint.pth"
+    path = Config(preset=preset_of(given), out_dir=given.get("out_dir")).run_dir / "checkpoint.pth"
     if not path.exists():
         raise UserError(f"nothing to resume: {path} does not exist; leave out --resume, or name the run's --out-dir")
     with locked(path.parent):
