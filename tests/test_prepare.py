@@ -43,7 +43,7 @@ def test_a_folder_is_settled_by_its_images(pictures_dir, tmp_path):
 
 def test_the_preset_suits_the_data_unless_one_is_named(pictures_dir, monkeypatch):
     assert new_settings({})["name"] == new_settings({"dataset": "glyphs"})["name"] == "digits"
-    assert new_settings({"dataset": "fashion"})["name"] == "pictures"
+    assert new_settings({"dataset": "fashion"})["name"] == new_settings({"dataset": "kmnist"})["name"] == "fashion"
     assert new_settings({"dataset": "cifar10"})["name"] == "pictures"
     monkeypatch.chdir(pictures_dir.parent)
     named = new_settings({"dataset": pictures_dir.name, "preset": "flow"})
@@ -59,6 +59,10 @@ def test_from_a_folder_to_a_strip(pictures_dir, tmp_path):
         tmp_path,
         "--train-steps",
         300,
+        "--time-mean",
+        1,
+        "--sampler",
+        "dpm++",
         "--learning-rate",
         5e-3,
         "--ema-decay",
