@@ -110,6 +110,7 @@ class Config:
     compile: str = option("auto", "torch.compile the training step; auto: in long runs", choices=("auto", "on", "off"))
     activation_checkpointing: bool = option(False, "recompute activations: less memory, more work", bool)
     accumulation_steps: int = option(1, "split each batch into so many parts: less memory", int, least=1, most=2**20)
+    shard: bool = option(False, "divide weights, average and moments among torchrun's processes", bool)
     log_every: int = option(50, "steps between rows of loss.csv", int, least=1, most=2**62)
 
     sampler: str = option("dpm++", "ddpm, ddim or dpm++; euler or heun for flow_matching", group="sampling")
@@ -151,6 +152,8 @@ class Config:
             raise UserError(f"learn_sigma is an option of process diffusion, not of {self.process}; leave it out")
         if self.num_classes == 1 and not self.label_dropout and self.cfg_scale != 1:
             raise UserError(f"cfg_scale is {self.cfg_scale}; a model of one class has nothing to be guided by; give 1")
+        if self.shard and self.optimizer == "muon":  # its steps, in bf16, would be rounded otherwise in shards
+            raise UserError("shard does not go with optimizer muon, which needs whole matrices; give adamw")
         if self.eta and self.sampler != "ddim":
             raise UserError(f"eta {self.eta} is an option of sampler ddim, not of {self.sampler}; leave it out")
 

@@ -5,6 +5,7 @@ It is {"config": dict, "model": state_dict, "ema": state_dict, "optimizers": [st
 a row too short would be read past its end, and a wrong count of steps would end in other weights without a word.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -19,18 +20,21 @@ from config import ROOT, Config
 from dataset import Dataset
 from dit import DiT
 from support.checkpoint import BEFORE, OF_THE_MACHINE, check_state, model_config, read_config
+from support.distributed import check_shared, first, launch_name, part_like, processes, together, whole
 from support.errors import UserError, believing, flag_of
 from support.files import load_file, locked, save_file, warn
 from support.prepare import preset_of, rooted
 
-FREE_ON_RESUME = ("out_dir", "data_dir", "device", "sample_every", "checkpoint_every")
+FREE_ON_RESUME = ("out_dir", "data_dir", "device", "shard", "sample_every", "checkpoint_every")
 
 
 def made_with(model: nn.Module, data: Dataset) -> dict[str, Any]:
     """What the same bits need besides the same numbers; of packed data the key, which changes with them."""
     device = next(model.parameters()).device.type
-    packed = {"data": data.about["key"]} if data.about else {}
-    return {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": device, **packed}
+    of_some = {"data": data.about["key"]} if data.about else {}
+    of_some |= {"launch": launch_name()} if together() else {}
+    threads = {"threads": torch.get_num_threads(), "processes": processes()}
+    return {**threads, "torch": str(torch.__version__), "device": device, **of_some}
 
 
 def diverged(out_dir: Path, what: str, step: int) -> UserError:
@@ -56,14 +60,18 @@ def save_run(
     progress: list,
 ) -> None:
     """Write checkpoint.pth, all that a run goes on from, and model.pth; UserError if the weights are not finite."""
-    if not all(parameter.isfinite().all() for parameter in (*model.parameters(), *ema.parameters())):
+    states = [model.state_dict(), ema.state_dict(), [optimizer.state_dict() for optimizer in optimizers]]
+    weights, average, moments = whole(states) if config.shard else states
+    if not first():
+        return
+    if not all(tensor.isfinite().all() for tensor in (*weights.values(), *average.values())):
         raise diverged(out_dir, "the weights are not finite", progress[0])
     data_dir = config.data_dir or os.environ.get("DATA_DIR")  # the same folder from wherever the run goes on
     fields = vars(config) | {"data_dir": data_dir and os.path.abspath(data_dir)}
-    content = {"config": fields, "model": model.state_dict(), "ema": ema.state_dict(), "progress": progress}
-    content |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "made_with": made_with(model, data)}
+    content = {"config": fields, "model": weights, "ema": average, "progress": progress}
+    content |= {"optimizers": moments, "made_with": made_with(model, data)}
     save_file(content, out_dir / "checkpoint.pth")
-    save_file({"model": ema.state_dict(), "config": model_config(config)}, out_dir / "model.pth")
+    save_file({"model": average, "config": model_config(config)}, out_dir / "model.pth")
 
 
 def load_checkpoint(path: str | Path) -> tuple[Config, dict[str, Any]]:
@@ -114,8 +122,9 @@ def restore_run(
         if was not in (None, is_now):  # class names may be told later
             raise UserError(f"{path}: {name} of its data was {was}, now it is {is_now}; name its --data-dir")
     with believing(f"{path} holds no run to go on with"):
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
+        for network, name in ((model, "model"), (ema, "ema")):
+            there = network.state_dict()
+            network.load_state_dict({key: part_like(tensor, there[key]) for key, tensor in state[name].items()})
         if len(state["optimizers"]) != len(optimizers):
             raise UserError(f"it has {len(state['optimizers'])} optimizers, and its config builds {len(optimizers)}")
         for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -123,6 +132,7 @@ def restore_run(
     then, now = state.get("made_with", {}), made_with(model, data)
     if then.pop("data", None) not in (None, now.pop("data", None)):
         warn(f"the images of {data.name}, or their autoencoder, have changed since: the run goes on with those of now")
+    then.pop("launch", None)
     changes = [f"{name} {then[name]!r}, now {now[name]!r}" for name in now if then.get(name, now[name]) != now[name]]
     if changes:
         warn(f"the run was on {'; '.join(changes)}: from here on sums may be rounded differently")
@@ -153,8 +163,28 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], s
                 raise UserError(f"{name} of its optimizer, a mean of squares, is negative")
             if name == "step" and tensor != min(step, 2**24):  # float32 counts no further
                 raise UserError(f"its optimizer has taken {tensor:.0f} steps, not {step}")
-        state[index] = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in moments.items()}
+        moments = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in moments.items()}
+        like = parameters[index]
+        state[index] = {name: part_like(tensor, like) if tensor.ndim else tensor for name, tensor in moments.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def checkpoint_of(given: dict[str, Any]) -> Path:
+    """The checkpoint.pth of the run that train.py's flags name."""
+    return Config(preset=preset_of(given), out_dir=given.get("out_dir")).run_dir / "checkpoint.pth"
+
+
+def restarted(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags to resume with where torchrun has started its processes again (--max-restarts); else none.
+
+    They resume what this very launch has written; another run's folder is refused as ever.
+    """
+    path = checkpoint_of(given)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not path.exists():
+        return {}
+    if load_checkpoint(path)[1].get("made_with", {}).get("launch") != launch_name():
+        return {}
+    return {name: given[name] for name in FREE_ON_RESUME if name in given} | {"out_dir": str(path.parent)}
 
 
 def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
@@ -164,10 +194,11 @@ def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
         UserError: if it is not there, a flag contradicts it, or its run has not ended.
     """
     given = rooted(given)
-    path = Config(preset=preset_of(given), out_dir=given.get("out_dir")).run_dir / "checkpoint.pth"
-    if not path.exists():
+    path = checkpoint_of(given)
+    if first() and not path.exists():
         raise UserError(f"nothing to resume: {path} does not exist; leave out --resume, or name the run's --out-dir")
-    with locked(path.parent):
+    check_shared(path.parent)
+    with locked(path.parent) if first() else contextlib.nullcontext():
         config, state = load_checkpoint(path)
     free = FREE_ON_RESUME + (("train_steps",) if config.lr_decay == "constant" else ())
     # A folder of images or of an autoencoder may have moved; whether it is the same is seen when it is read.
@@ -187,4 +218,4 @@ def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
         warn(f"the data were read from {then}, now from $DATA_DIR, {today}; --data-dir says otherwise")
     data_dir = None if today else then
     changes = {name: value for name, value in given.items() if name in free}
-    return config.replace(**{"data_dir": data_dir, **changes, "out_dir": str(path.parent)}), state
+    return config.replace(**{"data_dir": data_dir, "shard": False, **changes, "out_dir": str(path.parent)}), state
