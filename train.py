@@ -55,10 +55,8 @@ def ema_decay_at(step: int, config: Config) -> float:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema = decay * ema + (1 - decay) * model, for every trained parameter."""
-    for average, parameter in zip(ema.parameters(), model.parameters()):
-        if parameter.requires_grad:
-            average.lerp_(parameter, 1 - decay)
+    """ema = decay * ema + (1 - decay) * model, for every parameter; what is not trained is the same in both."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)  # in one call, not hundreds
 
 
 def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
