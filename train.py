@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from config import Config, preset
 from dataset import Dataset
@@ -54,6 +55,7 @@ def ema_decay_at(step: int, config: Config) -> float:
 
 
 @torch.no_grad()
+@record_function("average")
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema = decay * ema + (1 - decay) * model, for every parameter; what is not trained is the same in both."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)  # in one call, not hundreds
@@ -75,6 +77,7 @@ def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optim
     return optimizers
 
 
+@record_function("data")
 def draw_batch(
     data: Dataset, process: Diffusion, config: Config, step: int, device: torch.device | str = "cpu"
 ) -> list[tuple[Tensor, ...]]:

@@ -1,10 +1,13 @@
 """To watch a run: its figures and pictures in TensorBoard (--tensorboard), where its time goes (--profile)."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.autograd import DeviceType
 from torch.profiler import profile, schedule
 from tqdm import tqdm
@@ -12,19 +15,19 @@ from tqdm import tqdm
 from config import Config
 from support.checkpoint import empty_model
 from support.command_line import shown
-from support.errors import optional
 from support.files import writing
 from support.speed import count_gflops, matmul_peak
 
 SKIPPED, PROFILED = 5, 5  # steps: the first ones of a run are slower than those that follow
-# What train.py and what it calls label by record_function; torch labels the optimizers itself.
-LABELS = ("data", "noise", "waiting for others", "clipping", "optimizer", "average")
+LABELS = (
+    "data",
+    "noise",
+    "waiting for others",
+    "clipping",
+    "optimizer",
+    "average",
+)  # torch's optimizers have their own
 DEAREST = 10  # operators in the table
-
-
-def check_tensorboard() -> None:
-    """UserError where TensorBoard, which is an extra package, is not installed."""
-    optional("tensorboard", "--tensorboard")
 
 
 class Board:
@@ -51,43 +54,58 @@ class Board:
 
     def add_picture(self, step: int, path: Path) -> None:
         """A grid of samples, as it is in a file."""
-        from PIL import Image
-        import numpy as np
-
-        self.writer.add_image("samples", np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+        with Image.open(path) as picture:
+            self.writer.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
         self.writer.flush()
 
 
-def profiler(out_dir: Path, steps: int) -> profile:
-    """torch.profiler for a few of the next steps, each of which ends with its `step()`: see `report`."""
-    skipped = max(0, min(SKIPPED, steps - PROFILED))
-    plan = schedule(wait=max(0, skipped - 1), warmup=min(1, skipped), active=min(PROFILED, steps), repeat=1)
-    return profile(schedule=plan, on_trace_ready=partial(report, out_dir / "trace.json"))
+@contextlib.contextmanager
+def profiled(config: Config, step: int) -> Iterator[Callable[[], None]]:
+    """What a loop calls after each step: with --profile a few of the next steps go through torch.profiler."""
+    left = config.train_steps - step
+    if not config.profile or not left:
+        yield lambda: None
+        return
+    skipped, count = max(0, min(SKIPPED, left - PROFILED)), min(PROFILED, left)
+    plan = schedule(wait=max(0, skipped - 1), warmup=min(1, skipped), active=count, repeat=1)
+    with profile(schedule=plan, on_trace_ready=partial(report, config.run_dir / "trace.json")) as profiler:
+        yield profiler.step
 
 
-def report(path: Path, profiled: profile) -> None:
+def report(path: Path, profiler: profile) -> None:
     """Write what was profiled, for Perfetto or chrome://tracing, and print where a step's time went."""
     with writing(path) as file:
-        profiled.export_chrome_trace(file.name)
-    for line in describe(profiled.key_averages()):
+        profiler.export_chrome_trace(file.name)
+    for line in tables_of(list(profiler.key_averages())):
         tqdm.write(line)
-    tqdm.write(f"profile    {shown(path)}: open it at ui.perfetto.dev, or in chrome://tracing")
+    tqdm.write(f"{shown(path)} shows each step at ui.perfetto.dev, or in chrome://tracing")
 
 
-def describe(events: Iterable) -> list[str]:
-    """Two tables of averages of a profile: the parts of a step, and the dearest operators by their own time.
+def tables_of(events: list) -> list[str]:
+    """Of a profile's averages two tables: the parts of a step, and the operators that took the most time themselves.
 
-    Where there is a GPU the times are its own; how long a step takes in all is the clock's.
+    Where there is a GPU all times are its own, but for that of a whole step.
     """
-    of_gpu = any(event.device_type == DeviceType.CUDA for event in events)
+    gpu = any(event.device_type == DeviceType.CUDA for event in events)
+    kind = "device" if gpu else "cpu"
     events = [event for event in events if event.device_type == DeviceType.CPU]
-    kind = "device" if of_gpu else "cpu"
     steps = next(event for event in events if event.key == "ProfilerStep*")
-    own = {event.key: getattr(event, f"self_{kind}_time_total") for event in events if not is_label(event.key)}
-    parts = dict.fromkeys(LABELS, 0.0)
+    parts, operators = dict.fromkeys(LABELS, 0.0), {}
     for event in events:
         name = "optimizer" if event.key.startswith("Optimizer.") else event.key
         if name in parts:
             parts[name] += getattr(event, f"{kind}_time_total")
-    parts["data"] = max(0.0, parts["data"] - parts["noise"])  # in the midst of which it is drawn
-    return []
+        elif event is not steps:
+            operators[name] = getattr(event, f"self_{kind}_time_total")
+    parts["data"] -= parts["noise"]  # which is drawn along with it
+    total = sum(operators.values()) if gpu else steps.cpu_time_total
+    parts = {"network, and all else": total - sum(parts.values()), **parts}
+    operators = dict(sorted(operators.items(), key=lambda item: -item[1])[:DEAREST])
+
+    def table(title: str, times: dict[str, float]) -> list[str]:
+        rows = [f"{name:<50.50}{time / 1000 / steps.count:>10.2f}{time / total:>8.1%}" for name, time in times.items()]
+        return [f"{title:<50}{'ms':>10}{'share':>8}", *rows, ""]
+
+    busy = f", the GPU at work {total / steps.cpu_time_total:.0%} of it" if gpu else ""
+    heading = f"{steps.count} steps of {steps.cpu_time_total / 1000 / steps.count:.2f} ms{busy}"
+    return ["", heading, "", *table("a part of a step", parts), *table("an operator", operators)]

@@ -20,7 +20,7 @@ loaders.* loaders.sources
 dataset
 support.published support.pictures support.autoencoder support.checkpoint support.classifier
 support.metrics support.prepare
-support.run_state support.run_log
+support.run_state support.watching support.run_log
 inference
 train evaluate benchmark
 """.split()
