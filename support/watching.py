@@ -19,14 +19,8 @@ from support.files import writing
 from support.speed import count_gflops, matmul_peak
 
 SKIPPED, PROFILED = 5, 5  # steps: the first ones of a run are slower than those that follow
-LABELS = (
-    "data",
-    "noise",
-    "waiting for others",
-    "clipping",
-    "optimizer",
-    "average",
-)  # torch's optimizers have their own
+# Parts of a step that are labelled by record_function; optimizers have labels of torch's own.
+LABELS = ("data", "noise", "waiting for others", "clipping", "optimizer", "average")
 DEAREST = 10  # operators in the table
 
 
