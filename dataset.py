@@ -35,7 +35,7 @@ class Dataset(NamedTuple):
     size: tuple[int, int]
     class_names: tuple[str, ...] | None = None
     about: dict[str, Any] | None = None  # what the pack says of itself; None for an array in memory
-    latents: dict[str, Any] | None = None  # how they are drawn: the settings of draw_latents
+    latents: dict[str, Any] | None = None  # how they are drawn: draw_latents' scale and shift, and their `deviation`
 
     @property
     def num_classes(self) -> int:
@@ -52,15 +52,24 @@ class Dataset(NamedTuple):
         fits = device.type == "cpu" or 2 * self.images.nbytes <= free_memory(device)
         return self._replace(images=self.images.to(device) if fits else self.images, labels=self.labels.to(device))
 
-    def draw(self, index: Tensor, mirrored: Tensor | None, generator: Generator) -> tuple[Tensor, Tensor]:
-        """x_0 (B, C, H, W) and labels (B,) at index (B,), on its device; some mirrored (B,), by their columns."""
+    def draw(
+        self, index: Tensor, mirrored: Tensor | None, generator: Generator, part: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """x_0 (B, C, H, W) and labels (B,) at index (B,), on its device; some mirrored (B,), by their columns.
+
+        Of the batch only `part` is fetched, though what is random is drawn for all of it.
+        """
+        own, noise = index[part], None
         if self.latents is not None:  # which are mirrored before they are encoded: a second half of as many
-            entries = index if mirrored is None else index + len(self.labels) * mirrored
-            x0 = draw_latents(self.fetch(entries), generator=generator, **self.latents)
+            moments = self.fetch(own if mirrored is None else own + len(self.labels) * mirrored[part])
+            if self.latents["deviation"]:
+                shape = (len(index), self.channels, *moments.shape[2:])
+                noise = torch.randn(shape, generator=generator, device=generator.device)[part].to(moments.device)
+            x0 = draw_latents(moments, noise, self.latents["scale"], self.latents["shift"])
         else:
-            x0 = normalize(self.fetch(index))
-            x0 = x0 if mirrored is None else torch.where(mirrored.view(-1, 1, 1, 1), x0.flip(-1), x0)
-        return x0, self.labels[index]
+            x0 = normalize(self.fetch(own))
+            x0 = x0 if mirrored is None else torch.where(mirrored[part].view(-1, 1, 1, 1), x0.flip(-1), x0)
+        return x0, self.labels[own]
 
     def fetch(self, index: Tensor) -> Tensor:
         """The images at index (B,), on its device; where that is CUDA's, copied to it without waiting."""

@@ -31,12 +31,13 @@ from inference import denoise
 from support.autoencoder import decode
 from support.checkpoint import build_model, build_process, check_size, start_from
 from support.command_line import Parser, command, run_script
+from support.distributed import add_up, check_shared, first, first_then_others, joined, own_part, processes, together
 from support.files import locked
 from support.machine import Ahead, choose_device, compile_network, deferred_signals
 from support.pictures import save_loss_plot, save_png
 from support.prepare import new_settings, prepare
 from support.run_log import RunLog, print_summary
-from support.run_state import diverged, refuse_trained, restore_run, resumed, save_run
+from support.run_state import refuse_trained, restarted, restore_run, resumed, save_run
 
 OF_THE_DATA = ("in_channels", "num_classes", "class_names", "latents")  # fields that are no flags
 
@@ -79,20 +80,29 @@ def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optim
 
 @record_function("data")
 def draw_batch(
-    data: Dataset, process: Diffusion, config: Config, step: int, device: torch.device | str = "cpu"
+    data: Dataset,
+    process: Diffusion,
+    config: Config,
+    step: int,
+    device: torch.device | str = "cpu",
+    part: slice = slice(None),
 ) -> list[tuple[Tensor, ...]]:
     """A step's batch in accumulation_steps parts: x0 (B, C, H, W), y (B,), t (B,), noise (B, C, H, W).
 
     x0 is in [-1, 1], or a latent. All of it follows from (seed, step). Some of the labels are dropped, for guidance:
-    the null class stands in their place. With flip, half of the images are mirrored.
+    the null class stands in their place. With flip, half of the images are mirrored. Of several processes each keeps
+    a `part` of the batch, though all draw the same.
     """
     generator = torch.Generator(device).manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # seeds start far apart
     shape = (config.batch_size,)
     index = torch.randint(len(data.labels), shape, device=device, generator=generator)
     dropped = torch.rand(shape, device=device, generator=generator) < config.label_dropout
     mirrored = torch.rand(shape, device=device, generator=generator) < 0.5 if config.flip else None
-    x0, y = data.draw(index, mirrored, generator)
-    batch = (x0, y.masked_fill(dropped, config.num_classes), *process.draw_noise(x0, generator))
+    x0, y = data.draw(index, mirrored, generator, part)
+    t, noise = process.draw_noise(
+        x0[:1].expand(config.batch_size, -1, -1, -1), generator
+    )  # of x0 only the shape counts
+    batch = (x0, y.masked_fill(dropped[part], config.num_classes), t[part], noise[part])
     return list(zip(*(tensor.chunk(config.accumulation_steps) for tensor in batch)))
 
 
@@ -112,8 +122,9 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     out_dir = config.run_dir
     if not state:
         refuse_trained(out_dir)
-    device = choose_device(config.device)
-    config, data, vae = prepare(config, device)
+    device, part = choose_device(config.device), own_part(config)
+    with first_then_others():
+        config, data, vae = prepare(config, device)
     check_size(config, device)
 
     # Sums in a fixed order: compiled code would add up the label embedding's gradient as the threads come.
@@ -129,20 +140,23 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")  # not of the loss
 
-    batch_of = partial(draw_batch, data, process, config, device=device)
+    batch_of = partial(draw_batch, data, process, config, device=device, part=part)
+    num_parts = processes() * config.accumulation_steps
 
     def try_step(network: nn.Module) -> Tensor:
-        x0, y, *drawn = draw_batch(data, process, config, step, device)[0]
+        x0, y, *drawn = batch_of(step)[0]
         return process.loss(autocast(network), x0, y, drawn=drawn)
 
     def save_checkpoint() -> None:
         save_run(out_dir, config, data, model, ema, optimizers, [step, *log.counters()])
 
-    (out_dir / "samples").mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        stack.enter_context(locked(out_dir))
-        if not state:
-            refuse_trained(out_dir)  # again, for another run may have ended here meanwhile
+        if first():
+            (out_dir / "samples").mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out_dir))
+            if not state:
+                refuse_trained(out_dir)  # again, for another run may have ended here meanwhile
+        check_shared(out_dir)
         log = stack.enter_context(closing(RunLog(config, out_dir / "loss.csv", step, *counters)))
         if not state:
             save_checkpoint()  # so that there is something to resume from the first moment on
@@ -151,8 +165,9 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         network = autocast(compile_network(model, try_step) if compiling else model)
         if data.images.device.type != device.type:  # they do not fit on the GPU
             batch_of = stack.enter_context(closing(Ahead(batch_of, config.train_steps)))
-        signals = stack.enter_context(deferred_signals())  # from here on Ctrl-C saves; while compiling it acts at once
-        while step < config.train_steps and not signals:
+        # From here on Ctrl-C saves; while compiling it acts at once.
+        signals = stack.enter_context(deferred_signals(patient=together()))
+        while step < config.train_steps and not log.stop:
             start = time.perf_counter()
             learning_rate = learning_rate_at(step, config)
             for optimizer in optimizers:
@@ -161,9 +176,11 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
 
             loss = torch.zeros((), device=device)
             for x0, y, *drawn in batch_of(step):  # the batch, or parts of it
-                part_loss = process.loss(network, x0, y, drawn=drawn) / config.accumulation_steps
+                part_loss = process.loss(network, x0, y, drawn=drawn) / num_parts
                 part_loss.backward()
                 loss += part_loss.detach()
+            stop = torch.full((), float(bool(signals)), device=device)
+            add_up(model, loss, stop)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             for optimizer in optimizers:
                 optimizer.step()
@@ -171,18 +188,20 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
             update_ema(ema, model, ema_decay_at(step, config))
 
             step += 1
-            if not math.isfinite(loss.item() + norm.item()):
-                raise diverged(out_dir, f"the loss is {loss.item()}, its gradient's norm {norm.item()}", step)
-            log.add(step, loss.item(), learning_rate, time.perf_counter() - start)
+            log.add(step, torch.stack([loss, norm, stop]), learning_rate, start)
             if step % config.checkpoint_every == 0 and step < config.train_steps:
                 save_checkpoint()
-            if step % config.sample_every == 0 and step < config.train_steps:
+            if step % config.sample_every == 0 and step < config.train_steps and first():
                 save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, vae, device)
         save_checkpoint()
 
+    if not first():
+        return out_dir
     save_loss_plot(out_dir / "loss.png", log.rows)
     if step < config.train_steps:
         print(f"stopped at step {step:,}; to go on: {command('train.py', '--resume', '--out-dir', out_dir)}")
+        if together():
+            return out_dir  # torchrun would take anything else for a failure
         sys.exit(128 + signals[0])
     save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, vae, device)
     print(f"done; to see images: {command('inference.py', '--checkpoint', out_dir / 'model.pth')}")
@@ -194,11 +213,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_fields(*(f.name for f in dataclasses.fields(Config) if f.name not in OF_THE_DATA))
     resume_help = "go on from the checkpoint in --out-dir, exactly"
     parser.group("basics").add_argument("--resume", action="store_true", help=resume_help)
-    given = vars(parser.parse_args(argv))
-    if given.pop("resume", False):
-        train(*resumed(given))
-    else:
-        train(preset(**new_settings(given)))
+    with joined():
+        given = vars(parser.parse_args(argv))
+        if given.pop("resume", False):
+            train(*resumed(given))
+        elif again := restarted(given):
+            train(*resumed(again))
+        else:
+            train(preset(**new_settings(given)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loaders.packing import Pack, check_room, new_pack, pack_once
@@ -62,16 +61,13 @@ def pack_latents(
     return pack_once(folder, key, f"the latents of {name}", write)
 
 
-def draw_latents(moments: Tensor, generator: torch.Generator, scale: float, shift: float, deviation: bool) -> Tensor:
+def draw_latents(moments: Tensor, noise: Tensor | None, scale: float, shift: float) -> Tensor:
     """Moments (B, 2C, h, w) float16 -> x_0 (B, C, h, w) float32: (mean + deviation * noise - shift) * scale.
 
-    Args:
-        generator: where the noise is drawn, on its device.
-        deviation: whether there is one; otherwise moments (B, C, h, w) are the latents, and nothing is drawn.
+    Without noise there is no deviation: moments (B, C, h, w) are the latents.
     """
     latents = moments.float()
-    if deviation:
+    if noise is not None:
         mean, std = latents.chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=generator, device=generator.device)
         latents = mean + std * noise.to(mean.device)
     return (latents - shift) * scale

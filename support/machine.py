@@ -15,12 +15,23 @@ from support.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that a config names; "auto" is a GPU where there is one. UserError for one that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device that a config names; "auto" is a GPU where there is one. UserError for one that is not there.
+
+    Of the processes that torchrun starts each has a GPU of its own; that of a Mac does not know others.
+    """
+    alone = "LOCAL_RANK" not in os.environ
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and alone, "cpu": True}
     if name == "auto":
         name = next(device for device, available in there.items() if available)
     if not there[name]:
         raise UserError(f"device {name!r} is not there on this machine; try --device cpu")
+    if name == "cuda" and not alone:
+        number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= gpus:
+            many = os.environ["LOCAL_WORLD_SIZE"]
+            raise UserError(f"{many} processes are more than the {gpus} GPUs here; give --nproc-per-node {gpus}")
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
     return torch.device(name)
 
 
@@ -107,8 +118,11 @@ class Ahead:
 
 
 @contextlib.contextmanager
-def deferred_signals() -> Iterator[list[int]]:
-    """Ctrl-C, SIGTERM, a lost terminal become numbers in a list, for a loop to end in order; a second acts at once."""
+def deferred_signals(patient: bool = False) -> Iterator[list[int]]:
+    """Ctrl-C, SIGTERM, a lost terminal become numbers in a list, for a loop to end in order; a second acts at once.
+
+    Not so if `patient`: torchrun passes on to its processes what they may have been sent already.
+    """
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     usual = {number: signal.getsignal(number) for number in numbers}
     usual = {number: handler for number, handler in usual.items() if handler != signal.SIG_IGN}  # as under nohup
@@ -116,7 +130,8 @@ def deferred_signals() -> Iterator[list[int]]:
 
     def receive(number: int, frame: Any) -> None:
         received.append(number)
-        signal.signal(number, usual[number])
+        if not patient:
+            signal.signal(number, usual[number])
 
     for number in usual:
         signal.signal(number, receive)

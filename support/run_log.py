@@ -1,15 +1,19 @@
 """What a training run tells: what it is, how far it is, loss.csv."""
 
+import math
+import time
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import OPTIONS, Config
 from dataset import Dataset
 from support.command_line import Progress, shown
+from support.distributed import first, processes
 from support.files import append_line, writing
+from support.run_state import diverged
 
 COLUMNS = "step,loss,learning_rate,images_per_second"
 
@@ -19,7 +23,8 @@ def print_summary(config: Config, model: nn.Module, data: Dataset, device: torch
     parameters = sum(parameter.numel() for parameter in model.parameters())
     images = f"{len(data.labels):,} images of {(data.channels, *data.images.shape[2:])}"  # of latents more is kept
     options = ("prediction", *OPTIONS[config.process], "time_sampling", "time_mean")
-    print(f"device     {device}, {config.precision}, {torch.get_num_threads()} threads, compile {config.compile}")
+    threads = f"{torch.get_num_threads()} threads" + (f" in each of {processes()} processes" if processes() > 1 else "")
+    print(f"device     {device}, {config.precision}, {threads}, compile {config.compile}")
     print(f"data       {shown(data.name)}: {images}, {config.num_classes} labels")
     print(f"model      {parameters:,} parameters: hidden {config.hidden_size}, depth {config.depth}, {config.block}")
     print(f"process    {config.process}: " + ", ".join(f"{name} {getattr(config, name)}" for name in options))
@@ -41,26 +46,50 @@ class RunLog:
     ):
         self.config, self.path, self.first_step = config, path, step
         self.rows, self.loss_sum, self.loss_count, self.seconds = rows, loss_sum, loss_count, seconds
-        self.since_start = 0.0
-        with writing(path) as csv:
-            csv.write("".join(line + "\n" for line in (COLUMNS, *rows)).encode())
+        self.since_start, self.unread, self.stop = 0.0, [], False
+        if first():
+            with writing(path) as csv:
+                csv.write("".join(line + "\n" for line in (COLUMNS, *rows)).encode())
         self.bar: Progress | None = None  # it appears with the first step, below what else there is to say
 
     def counters(self) -> list:
         """What a checkpoint keeps, for this log to go on from."""
         return [self.rows, self.loss_sum, self.loss_count, self.seconds]
 
-    def add(self, step: int, loss: float, learning_rate: float, seconds: float) -> None:
-        """Tell of a step done, how long it took and its loss."""
-        self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
+    def add(self, step: int, told: Tensor, learning_rate: float, start: float) -> None:
+        """Note a step done, which began at `start`: its loss, gradient's norm, and above 0 if somebody wants to stop.
+
+        Reading them waits for the device. A CPU has nothing better to do; else it is done now and then, and before
+        each write. All processes read at the same steps; `stop` says then whether to.
+
+        Raises:
+            UserError: if one that is read is not a finite number.
+        """
+        self.unread.append((step, told, learning_rate))
+        config, now_and_then = self.config, 1 if told.device.type == "cpu" else 10
+        periods = (now_and_then, config.log_every, config.checkpoint_every, config.sample_every)
+        due = step == config.train_steps or any(step % period == 0 for period in periods)
+        numbers = torch.stack([told for _, told, _ in self.unread]).tolist() if due else []
+        seconds = time.perf_counter() - start
         self.seconds, self.since_start = self.seconds + seconds, self.since_start + seconds
+        for (step, _, learning_rate), (loss, norm, stop) in zip(self.unread, numbers):
+            if not math.isfinite(loss + norm):
+                raise diverged(self.path.parent, f"the loss is {loss}, its gradient's norm {norm}", step)
+            self.tell(step, loss, learning_rate)
+            self.stop |= stop > 0
+        self.unread = [] if due else self.unread
+
+    def tell(self, step: int, loss: float, learning_rate: float) -> None:
+        """Tell of a step done."""
+        self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
         done = step == self.config.train_steps
         if self.bar is None:
             self.bar = Progress(self.config.train_steps, done=self.first_step, leave=True)
         if step % self.config.log_every == 0 or done:
             mean, speed = self.loss_sum / self.loss_count, self.loss_count * self.config.batch_size / self.seconds
             self.rows.append(f"{step},{mean:.6f},{learning_rate:.6g},{speed:.1f}")
-            append_line(self.path, self.rows[-1])
+            if first():
+                append_line(self.path, self.rows[-1])
             self.bar.note = f"loss {mean:.4f}, {speed:,.0f} images/s"
             self.loss_sum, self.loss_count, self.seconds = 0.0, 0, 0.0
         self.bar.update()

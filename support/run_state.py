@@ -5,6 +5,7 @@ It is {"config": dict, "model": state_dict, "ema": state_dict, "optimizers": [st
 a row too short would be read past its end, and a wrong count of steps would end in other weights without a word.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -19,6 +20,7 @@ from config import ROOT, Config
 from dataset import Dataset
 from dit import DiT
 from support.checkpoint import BEFORE, OF_THE_MACHINE, check_state, model_config, read_config
+from support.distributed import check_shared, first, launch_name, processes, together
 from support.errors import UserError, believing, flag_of
 from support.files import load_file, locked, save_file, warn
 from support.prepare import preset_of, rooted
@@ -29,8 +31,10 @@ FREE_ON_RESUME = ("out_dir", "data_dir", "device", "sample_every", "checkpoint_e
 def made_with(model: nn.Module, data: Dataset) -> dict[str, Any]:
     """What the same bits need besides the same numbers; of packed data the key, which changes with them."""
     device = next(model.parameters()).device.type
-    packed = {"data": data.about["key"]} if data.about else {}
-    return {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "device": device, **packed}
+    of_some = {"data": data.about["key"]} if data.about else {}
+    of_some |= {"launch": launch_name()} if together() else {}
+    threads = {"threads": torch.get_num_threads(), "processes": processes()}
+    return {**threads, "torch": str(torch.__version__), "device": device, **of_some}
 
 
 def diverged(out_dir: Path, what: str, step: int) -> UserError:
@@ -56,6 +60,8 @@ def save_run(
     progress: list,
 ) -> None:
     """Write checkpoint.pth, all that a run goes on from, and model.pth; UserError if the weights are not finite."""
+    if not first():
+        return
     if not all(parameter.isfinite().all() for parameter in (*model.parameters(), *ema.parameters())):
         raise diverged(out_dir, "the weights are not finite", progress[0])
     data_dir = config.data_dir or os.environ.get("DATA_DIR")  # the same folder from wherever the run goes on
@@ -123,6 +129,7 @@ def restore_run(
     then, now = state.get("made_with", {}), made_with(model, data)
     if then.pop("data", None) not in (None, now.pop("data", None)):
         warn(f"the images of {data.name}, or their autoencoder, have changed since: the run goes on with those of now")
+    then.pop("launch", None)
     changes = [f"{name} {then[name]!r}, now {now[name]!r}" for name in now if then.get(name, now[name]) != now[name]]
     if changes:
         warn(f"the run was on {'; '.join(changes)}: from here on sums may be rounded differently")
@@ -157,6 +164,24 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], s
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def checkpoint_of(given: dict[str, Any]) -> Path:
+    """The checkpoint.pth of the run that train.py's flags name."""
+    return Config(preset=preset_of(given), out_dir=given.get("out_dir")).run_dir / "checkpoint.pth"
+
+
+def restarted(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags to resume with where torchrun has started its processes again (--max-restarts); else none.
+
+    They resume what this very launch has written; another run's folder is refused as ever.
+    """
+    path = checkpoint_of(given)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not path.exists():
+        return {}
+    if load_checkpoint(path)[1].get("made_with", {}).get("launch") != launch_name():
+        return {}
+    return {name: given[name] for name in FREE_ON_RESUME if name in given} | {"out_dir": str(path.parent)}
+
+
 def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     """The config and state of the checkpoint that train.py's flags name to go on from.
 
@@ -164,10 +189,11 @@ def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
         UserError: if it is not there, a flag contradicts it, or its run has not ended.
     """
     given = rooted(given)
-    path = Config(preset=preset_of(given), out_dir=given.get("out_dir")).run_dir / "checkpoint.pth"
-    if not path.exists():
+    path = checkpoint_of(given)
+    if first() and not path.exists():
         raise UserError(f"nothing to resume: {path} does not exist; leave out --resume, or name the run's --out-dir")
-    with locked(path.parent):
+    check_shared(path.parent)
+    with locked(path.parent) if first() else contextlib.nullcontext():
         config, state = load_checkpoint(path)
     free = FREE_ON_RESUME + (("train_steps",) if config.lr_decay == "constant" else ())
     # A folder of images or of an autoencoder may have moved; whether it is the same is seen when it is read.

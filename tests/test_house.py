@@ -11,6 +11,7 @@ from conftest import ROOT
 ORDER = """
 support.start support.errors
 support.options support.files support.machine support.speed config
+support.distributed
 support.command_line
 time_emb dit_block diffusion
 dit

@@ -1,11 +1,12 @@
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_vae
 
-from dataset import normalize
+from dataset import Dataset, normalize
 from loaders.latents import draw_latents, pack_latents
 from loaders.packing import read_pack
 from support import autoencoder
@@ -90,19 +91,23 @@ def test_too_small_a_disk_is_refused_at_once(tmp_path, monkeypatch):
 def test_draws_have_the_mean_and_the_deviation_after_shift_and_scale():
     mean, std = torch.tensor([3.0, -1.0]).view(1, 2, 1, 1), torch.tensor([0.5, 0.1]).view(1, 2, 1, 1)
     moments = torch.cat([mean, std], dim=1).expand(4000, 4, 3, 3).half()
-    x0 = draw_latents(moments, torch.Generator().manual_seed(0), scale=2.0, shift=1.0, deviation=True)
+    data = Dataset("latents", moments, torch.arange(4000), (3, 3), latents=dict(scale=2.0, shift=1.0, deviation=True))
+    draw = partial(data.draw, torch.arange(4000), None)
+    x0, _ = draw(torch.Generator().manual_seed(0))
     assert x0.shape == (4000, 2, 3, 3) and x0.dtype == torch.float32
     assert torch.allclose(x0.mean((0, 2, 3)), torch.tensor([4.0, -4.0]), atol=0.03)
     assert torch.allclose(x0.std((0, 2, 3)), torch.tensor([1.0, 0.2]), rtol=0.02)
-    again = draw_latents(moments, torch.Generator().manual_seed(0), scale=2.0, shift=1.0, deviation=True)
-    other = draw_latents(moments, torch.Generator().manual_seed(1), scale=2.0, shift=1.0, deviation=True)
-    assert torch.equal(x0, again) and not torch.equal(x0, other)
+    again, other = (draw(torch.Generator().manual_seed(seed))[0] for seed in (0, 1))
+    part, _ = draw(torch.Generator().manual_seed(0), slice(9, 30))
+    assert torch.equal(x0, again) and not torch.equal(x0, other) and torch.equal(x0[9:30], part)
 
 
 def test_latents_without_deviation_are_not_drawn():
     moments, generator = torch.randn(5, 4, 2, 2).half(), torch.Generator().manual_seed(0)
     before = generator.get_state()
-    assert torch.equal(draw_latents(moments, generator, 2.0, 1.0, False), (moments.float() - 1) * 2)
+    data = Dataset("latents", moments, torch.arange(5), (2, 2), latents=dict(scale=2.0, shift=1.0, deviation=False))
+    x0, _ = data.draw(torch.arange(5), None, generator)
+    assert torch.equal(x0, (moments.float() - 1) * 2)
     assert torch.equal(generator.get_state(), before)
 
 
@@ -116,8 +121,10 @@ def test_from_pictures_to_latents_and_back_through_diffusers(tmp_path):
 
     found = pack(tmp_path / "train", encode, **about)
     assert json.loads((tmp_path / "train" / "pack.json").read_text())["vae"] == about["vae"]
-    settings = {name: found.about[name] for name in ("scale", "shift", "deviation")}
-    x0 = draw_latents(found.images[:9], torch.Generator().manual_seed(3), **settings)
+    noise = torch.randn(
+        9, found.images.shape[1] // 2, *found.images.shape[2:], generator=torch.Generator().manual_seed(3)
+    )
+    x0 = draw_latents(found.images[:9], noise, found.about["scale"], found.about["shift"])
     with torch.no_grad():
         sample = vae.encode(normalize(IMAGES[:9])).latent_dist.sample(torch.Generator().manual_seed(3))
         expected = vae.decode(sample).sample
