@@ -99,14 +99,13 @@ def draw_batch(
     dropped = torch.rand(shape, device=device, generator=generator) < config.label_dropout
     mirrored = torch.rand(shape, device=device, generator=generator) < 0.5 if config.flip else None
     x0, y = data.draw(index, mirrored, generator, part)
-    t, noise = process.draw_noise(
-        x0[:1].expand(config.batch_size, -1, -1, -1), generator
-    )  # of x0 only the shape counts
+    with record_function("noise"):  # of x0 only the shape counts
+        t, noise = process.draw_noise(x0[:1].expand(config.batch_size, -1, -1, -1), generator)
     batch = (x0, y.masked_fill(dropped[part], config.num_classes), t[part], noise[part])
     return list(zip(*(tensor.chunk(config.accumulation_steps) for tensor in batch)))
 
 
-def save_samples(path: Path, ema: nn.Module, config: Config, vae: nn.Module | None, device: torch.device) -> None:
+def save_samples(step: int, ema: nn.Module, config: Config, vae: nn.Module | None, device: torch.device) -> Path:
     """A grid of samples, a row for each of at most ten labels, the same noise every time: only learning changes it."""
     some = torch.linspace(0, config.num_classes - 1, min(config.num_classes, 10), device=device)
     y = some.round().long().repeat_interleave(8)
@@ -114,7 +113,9 @@ def save_samples(path: Path, ema: nn.Module, config: Config, vae: nn.Module | No
     for x in denoise(ema, config, y, torch.Generator(device).manual_seed(config.seed)):
         pass
     labels = [config.class_names[label] for label in y] if config.class_names else None
+    path = config.run_dir / "samples" / f"step_{step:07d}.png"
     save_png(decode(vae, x), path, columns=8, labels=labels)
+    return path
 
 
 def train(config: Config, state: dict[str, Any] | None = None) -> Path:
@@ -157,7 +158,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
             if not state:
                 refuse_trained(out_dir)  # again, for another run may have ended here meanwhile
         check_shared(out_dir)
-        log = stack.enter_context(closing(RunLog(config, out_dir / "loss.csv", step, *counters)))
+        log = stack.enter_context(closing(RunLog(config, out_dir / "loss.csv", device, step, *counters)))
         if not state:
             save_checkpoint()  # so that there is something to resume from the first moment on
         print_summary(config, model, data, device, step)
@@ -181,7 +182,8 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
                 loss += part_loss.detach()
             stop = torch.full((), float(bool(signals)), device=device)
             add_up(model, loss, stop)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            with record_function("clipping"):
+                norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -192,7 +194,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
             if step % config.checkpoint_every == 0 and step < config.train_steps:
                 save_checkpoint()
             if step % config.sample_every == 0 and step < config.train_steps and first():
-                save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, vae, device)
+                log.add_picture(step, save_samples(step, ema, config, vae, device))
         save_checkpoint()
 
     if not first():
@@ -203,7 +205,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         if together():
             return out_dir  # torchrun would take anything else for a failure
         sys.exit(128 + signals[0])
-    save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, vae, device)
+    log.add_picture(step, save_samples(step, ema, config, vae, device))
     print(f"done; to see images: {command('inference.py', '--checkpoint', out_dir / 'model.pth')}")
     return out_dir
 

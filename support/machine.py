@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from support.errors import UserError
 
@@ -106,6 +107,7 @@ class Ahead:
         self.batch_of, self.end = batch_of, end
         self.worker, self.coming = ThreadPoolExecutor(1), {}
 
+    @record_function("data")
     def __call__(self, step: int) -> Any:
         coming = self.coming.pop(step, None) or self.worker.submit(self.batch_of, step)
         batch = coming.result()

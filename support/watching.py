@@ -1,7 +1,5 @@
 """To watch a run: its figures and pictures in TensorBoard (--tensorboard), where its time goes (--profile)."""
 
-import contextlib
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from tqdm import tqdm
 from config import Config
 from support.checkpoint import empty_model
 from support.command_line import shown
+from support.distributed import processes
 from support.files import writing
 from support.speed import count_gflops, matmul_peak
 
@@ -28,16 +27,15 @@ class Board:
     """TensorBoard's events.* files of a run, in its folder.
 
     Args:
-        step: steps done already; of later ones, which an earlier process may have written of, nothing is shown.
-        processes: how many compute the images.
+        step: steps done already; what an earlier process wrote of later ones is not shown.
     """
 
-    def __init__(self, config: Config, device: torch.device, step: int, processes: int):
+    def __init__(self, config: Config, device: torch.device, step: int):
         from torch.utils.tensorboard import SummaryWriter  # here, for it takes seconds
 
         self.writer = SummaryWriter(config.run_dir, purge_step=step + 1)
         flop = 3 * 2e9 * count_gflops(empty_model(config))  # of an image; the backward pass counts two forward ones
-        self.share = flop / (processes * matmul_peak(device, config.precision))  # of the peak, by an image a second
+        self.share = flop / (processes() * matmul_peak(device, config.precision))  # of the peak, by an image a second
 
     def add_figures(self, step: int, loss: float, learning_rate: float, norm: float, speed: float) -> None:
         """The figures of a row of loss.csv, the gradient's mean norm, and the share of the device's measured peak."""
@@ -53,24 +51,21 @@ class Board:
         self.writer.flush()
 
 
-@contextlib.contextmanager
-def profiled(config: Config, step: int) -> Iterator[Callable[[], None]]:
-    """What a loop calls after each step: with --profile a few of the next steps go through torch.profiler."""
+def profiler(config: Config, step: int) -> profile:
+    """torch.profiler at work, for a few of the steps to come, each of which ends with its `step()`; see `report`."""
     left = config.train_steps - step
-    if not config.profile or not left:
-        yield lambda: None
-        return
-    skipped, count = max(0, min(SKIPPED, left - PROFILED)), min(PROFILED, left)
-    plan = schedule(wait=max(0, skipped - 1), warmup=min(1, skipped), active=count, repeat=1)
-    with profile(schedule=plan, on_trace_ready=partial(report, config.run_dir / "trace.json")) as profiler:
-        yield profiler.step
+    skipped = min(SKIPPED, max(1, left - PROFILED), left - 1)
+    plan = schedule(wait=max(0, skipped - 1), warmup=min(1, skipped), active=min(PROFILED, left - skipped), repeat=1)
+    profiling = profile(schedule=plan, on_trace_ready=partial(report, config.run_dir / "trace.json"))
+    profiling.start()
+    return profiling
 
 
-def report(path: Path, profiler: profile) -> None:
+def report(path: Path, profiling: profile) -> None:
     """Write what was profiled, for Perfetto or chrome://tracing, and print where a step's time went."""
     with writing(path) as file:
-        profiler.export_chrome_trace(file.name)
-    for line in tables_of(list(profiler.key_averages())):
+        profiling.export_chrome_trace(file.name)
+    for line in tables_of(list(profiling.key_averages())):
         tqdm.write(line)
     tqdm.write(f"{shown(path)} shows each step at ui.perfetto.dev, or in chrome://tracing")
 
@@ -83,7 +78,9 @@ def tables_of(events: list) -> list[str]:
     gpu = any(event.device_type == DeviceType.CUDA for event in events)
     kind = "device" if gpu else "cpu"
     events = [event for event in events if event.device_type == DeviceType.CPU]
-    steps = next(event for event in events if event.key == "ProfilerStep*")
+    steps = next((event for event in events if event.key == "ProfilerStep*"), None)
+    if steps is None:  # the run ended in the midst of the first one
+        return []
     parts, operators = dict.fromkeys(LABELS, 0.0), {}
     for event in events:
         name = "optimizer" if event.key.startswith("Optimizer.") else event.key
