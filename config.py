@@ -107,6 +107,7 @@ class Config:
     compile: str = option("auto", "torch.compile the training step; auto: in long runs", choices=("auto", "on", "off"))
     activation_checkpointing: bool = option(False, "recompute activations: less memory, more work", bool)
     accumulation_steps: int = option(1, "split each batch into so many parts: less memory", int, least=1, most=2**20)
+    shard: bool = option(False, "divide weights, average and moments among torchrun's processes", bool)
     log_every: int = option(50, "steps between rows of loss.csv", int, least=1, most=2**62)
     tensorboard: bool = option(False, "write figures and samples for TensorBoard too, to out_dir", bool)
     profile: bool = option(False, "see where the time of a few steps goes: a table, and trace.json in out_dir", bool)

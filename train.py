@@ -28,10 +28,10 @@ from config import Config, preset
 from dataset import Dataset
 from diffusion import Diffusion
 from inference import denoise
+from support import distributed
 from support.autoencoder import decode
 from support.checkpoint import build_model, build_process, check_size, start_from
 from support.command_line import Parser, command, run_script
-from support.distributed import add_up, check_shared, first, first_then_others, joined, own_part, processes, together
 from support.files import locked
 from support.machine import Ahead, choose_device, compile_network, deferred_signals
 from support.pictures import save_loss_plot, save_png
@@ -80,18 +80,13 @@ def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optim
 
 @record_function("data")
 def draw_batch(
-    data: Dataset,
-    process: Diffusion,
-    config: Config,
-    step: int,
-    device: torch.device | str = "cpu",
-    part: slice = slice(None),
+    data: Dataset, process: Diffusion, config: Config, step: int, device: torch.device | str = "cpu", part=slice(None)
 ) -> list[tuple[Tensor, ...]]:
     """A step's batch in accumulation_steps parts: x0 (B, C, H, W), y (B,), t (B,), noise (B, C, H, W).
 
     x0 is in [-1, 1], or a latent. All of it follows from (seed, step). Some of the labels are dropped, for guidance:
-    the null class stands in their place. With flip, half of the images are mirrored. Of several processes each keeps
-    a `part` of the batch, though all draw the same.
+    the null class stands in their place. With flip, half of the images are mirrored. Each of several processes draws
+    all this, and keeps its `part`.
     """
     generator = torch.Generator(device).manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # seeds start far apart
     shape = (config.batch_size,)
@@ -99,14 +94,16 @@ def draw_batch(
     dropped = torch.rand(shape, device=device, generator=generator) < config.label_dropout
     mirrored = torch.rand(shape, device=device, generator=generator) < 0.5 if config.flip else None
     x0, y = data.draw(index, mirrored, generator, part)
-    with record_function("noise"):  # of x0 only the shape counts
-        t, noise = process.draw_noise(x0[:1].expand(config.batch_size, -1, -1, -1), generator)
+    with record_function("noise"):
+        t, noise = process.draw_noise(x0[:1].expand(*shape, -1, -1, -1), generator)  # for a batch of this shape
     batch = (x0, y.masked_fill(dropped[part], config.num_classes), t[part], noise[part])
     return list(zip(*(tensor.chunk(config.accumulation_steps) for tensor in batch)))
 
 
-def save_samples(step: int, ema: nn.Module, config: Config, vae: nn.Module | None, device: torch.device) -> Path:
+def save_samples(step: int, ema: nn.Module, config: Config, vae: nn.Module | None, device: torch.device) -> Path | None:
     """A grid of samples, a row for each of at most ten labels, the same noise every time: only learning changes it."""
+    if not (distributed.first() or config.shard):
+        return None  # the first process alone has all that it takes
     some = torch.linspace(0, config.num_classes - 1, min(config.num_classes, 10), device=device)
     y = some.round().long().repeat_interleave(8)
     config = config.replace(sample_steps=min(config.sample_steps, 50))  # a preview
@@ -114,7 +111,8 @@ def save_samples(step: int, ema: nn.Module, config: Config, vae: nn.Module | Non
         pass
     labels = [config.class_names[label] for label in y] if config.class_names else None
     path = config.run_dir / "samples" / f"step_{step:07d}.png"
-    save_png(decode(vae, x), path, columns=8, labels=labels)
+    if distributed.first():
+        save_png(decode(vae, x), path, columns=8, labels=labels)
     return path
 
 
@@ -123,8 +121,8 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     out_dir = config.run_dir
     if not state:
         refuse_trained(out_dir)
-    device, part = choose_device(config.device), own_part(config)
-    with first_then_others():
+    device, part = choose_device(config.device), distributed.own_part(config)
+    with distributed.first_then_others():
         config, data, vae = prepare(config, device)
     check_size(config, device)
 
@@ -132,17 +130,18 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a slow safeguard of no use here
     torch.manual_seed(config.seed)
-    model = build_model(config).to(device)
+    model = build_model(config)
     if config.init_from and not state:
         start_from(config.init_from, model, config)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    model, ema = (distributed.spread(network, device, config.shard) for network in (model, ema))
     process, optimizers = build_process(config), build_optimizers(model, config)
     step, *counters = restore_run(state, out_dir, data, model, ema, optimizers) if state else (0, [], 0.0, 0, 0.0)
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")  # not of the loss
 
     batch_of = partial(draw_batch, data, process, config, device=device, part=part)
-    num_parts = processes() * config.accumulation_steps
+    num_parts = distributed.processes() * config.accumulation_steps
 
     def try_step(network: nn.Module) -> Tensor:
         x0, y, *drawn = batch_of(step)[0]
@@ -152,12 +151,12 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         save_run(out_dir, config, data, model, ema, optimizers, [step, *log.counters()])
 
     with ExitStack() as stack:
-        if first():
+        if distributed.first():
             (out_dir / "samples").mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out_dir))
             if not state:
                 refuse_trained(out_dir)  # again, for another run may have ended here meanwhile
-        check_shared(out_dir)
+        distributed.check_shared(out_dir)
         log = stack.enter_context(closing(RunLog(config, out_dir / "loss.csv", device, step, *counters)))
         if not state:
             save_checkpoint()  # so that there is something to resume from the first moment on
@@ -167,7 +166,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         if data.images.device.type != device.type:  # they do not fit on the GPU
             batch_of = stack.enter_context(closing(Ahead(batch_of, config.train_steps)))
         # From here on Ctrl-C saves; while compiling it acts at once.
-        signals = stack.enter_context(deferred_signals(patient=together()))
+        signals = stack.enter_context(deferred_signals(patient=distributed.together()))
         while step < config.train_steps and not log.stop:
             start = time.perf_counter()
             learning_rate = learning_rate_at(step, config)
@@ -181,9 +180,9 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
                 part_loss.backward()
                 loss += part_loss.detach()
             stop = torch.full((), float(bool(signals)), device=device)
-            add_up(model, loss, stop)
+            distributed.add_up(model, loss, stop)
             with record_function("clipping"):
-                norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+                norm = distributed.full(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -193,16 +192,15 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
             log.add(step, torch.stack([loss, norm, stop]), learning_rate, start)
             if step % config.checkpoint_every == 0 and step < config.train_steps:
                 save_checkpoint()
-            if step % config.sample_every == 0 and step < config.train_steps and first():
+            if step % config.sample_every == 0 and step < config.train_steps:
                 log.add_picture(step, save_samples(step, ema, config, vae, device))
         save_checkpoint()
 
-    if not first():
-        return out_dir
-    save_loss_plot(out_dir / "loss.png", log.rows)
+    if distributed.first():
+        save_loss_plot(out_dir / "loss.png", log.rows)
     if step < config.train_steps:
         print(f"stopped at step {step:,}; to go on: {command('train.py', '--resume', '--out-dir', out_dir)}")
-        if together():
+        if distributed.together():
             return out_dir  # torchrun would take anything else for a failure
         sys.exit(128 + signals[0])
     log.add_picture(step, save_samples(step, ema, config, vae, device))
@@ -215,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_fields(*(f.name for f in dataclasses.fields(Config) if f.name not in OF_THE_DATA))
     resume_help = "go on from the checkpoint in --out-dir, exactly"
     parser.group("basics").add_argument("--resume", action="store_true", help=resume_help)
-    with joined():
+    with distributed.joined():
         given = vars(parser.parse_args(argv))
         if given.pop("resume", False):
             train(*resumed(given))

@@ -17,6 +17,7 @@ from config import OPTIONS, SAMPLING, Config
 from diffusion import Diffusion
 from dit import DiT
 from dit_block import DiTBlock
+from support.distributed import processes
 from support.errors import UserError, believing
 from support.files import read_file, warn
 from support.machine import check_memory
@@ -39,7 +40,7 @@ OF_EVERY_FILE += ["process", "prediction", "schedule"]
 BEFORE = dict(block="adaLN-Zero", learn_sigma=False, clip_x0=True, time_sampling="uniform", time_mean=0.0)
 BEFORE |= dict(optimizer="adamw", cfg_low=0.0, cfg_high=1.0, accumulation_steps=1, activation_checkpointing=False)
 BEFORE |= dict(flip=False, skip_damaged=False, vae=None, init_from=None, class_names=None, latents=False)
-OF_THE_MACHINE = ("data_dir", "out_dir", "device", "tensorboard", "profile")
+OF_THE_MACHINE = ("data_dir", "out_dir", "device", "shard", "tensorboard", "profile")
 NETWORK = "image_size in_channels patch_size hidden_size depth num_heads block".split()
 PROCESS = ("process", "prediction", "time_sampling", "time_mean", *SAMPLING[:-1])  # eta is among OPTIONS
 
@@ -127,7 +128,9 @@ def check_size(config: Config, device: torch.device, copies: int | None = None) 
     """
     parameters = sum(parameter.numel() for parameter in empty_model(config).parameters())
     copies = copies or (4 if config.optimizer == "muon" else 5)
-    tokens = config.batch_size // config.accumulation_steps * (config.image_size // config.patch_size) ** 2
+    copies /= processes() if config.shard else 1
+    images = config.batch_size // (processes() * config.accumulation_steps)
+    tokens = images * (config.image_size // config.patch_size) ** 2
     activations = tokens * config.hidden_size * config.depth * (1 if config.activation_checkpointing else 6)
     what = f"a network of {parameters:,} parameters with a batch of {config.batch_size}"
     advice = "try a smaller --hidden-size, --depth or --batch-size"

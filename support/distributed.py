@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -113,7 +114,9 @@ def check_shared(folder: Path) -> None:
 
 
 def own_part(config: Config) -> slice:
-    """The part of each batch that this process computes; UserError if not all processes get as much."""
+    """The part of each batch that this process computes; UserError if not all get as much, or it is alone to shard."""
+    if config.shard and not together():
+        raise UserError("--shard is for several processes: torchrun --nproc-per-node N train.py --shard ...")
     parts = processes() * config.accumulation_steps
     if config.batch_size % parts:
         raise UserError(
@@ -130,8 +133,58 @@ def add_up(model: nn.Module, *numbers: Tensor) -> None:
     """The gradients, and the numbers, become their sums over all processes: one all-reduce, always in one order."""
     if processes() == 1:
         return
-    tensors = [*(p.grad for p in model.parameters() if p.grad is not None), *numbers]
+    gradients = (p.grad for p in model.parameters() if p.grad is not None)
+    tensors = [*(gradient for gradient in gradients if not is_shard(gradient)), *numbers]  # FSDP2 adds up its own
     sums = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(sums)
     for tensor, part in zip(tensors, sums.split([tensor.numel() for tensor in tensors])):
         tensor.copy_(part.view_as(tensor))
+
+
+def is_shard(tensor: Tensor | None) -> bool:
+    """Whether this process holds but a part of a tensor, as DTensor does."""
+    return hasattr(tensor, "full_tensor")
+
+
+def spread(network: nn.Module, device: torch.device, shard: bool) -> nn.Module:
+    """The network on its device; with `shard` each process keeps but its part of each tensor (FSDP2).
+
+    A block is whole only while it computes. Rajbhandari et al., 2020 (ZeRO, stage 3); Zhao et al., 2023.
+    """
+    if not shard:
+        return network.to(device)
+    from torch.distributed.device_mesh import init_device_mesh  # here, for they take seconds
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (processes(),))
+    for module in (*network.blocks, network):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        module.set_gradient_divide_factor(1.0)  # gradients are added up, as by add_up
+        module.set_force_sum_reduction_for_comms(True)
+    return network
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A tensor that is in shards, put together in all processes, which must all ask for it; else itself."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor
+
+
+def whole(state: Any) -> Any:
+    """The same dicts and lists with shards put together: all processes must ask, the first gets it, on the CPU."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [whole(value) for value in state]
+    if not is_shard(state):
+        return state
+    tensor = full(state)
+    return tensor.cpu() if first() else None
+
+
+def part_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """What this process keeps of a tensor that all have, where it keeps but a part of one like it."""
+    if not is_shard(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -113,9 +113,9 @@ class RunLog:
         if step == self.first_step + 50 and not done:
             tqdm.write(f"about {self.since_start / 50 * (self.config.train_steps - step) / 60:.1f} minutes to go")
 
-    def add_picture(self, step: int, path: Path) -> None:
+    def add_picture(self, step: int, path: Path | None) -> None:
         """Show a file of samples, where there is more than files to show them."""
-        if self.board:
+        if self.board and path:
             self.board.add_picture(step, path)
 
     def close(self) -> None:

@@ -20,12 +20,21 @@ from config import ROOT, Config
 from dataset import Dataset
 from dit import DiT
 from support.checkpoint import BEFORE, OF_THE_MACHINE, check_state, model_config, read_config
-from support.distributed import check_shared, first, launch_name, processes, together
+from support.distributed import check_shared, first, launch_name, part_like, processes, together, whole
 from support.errors import UserError, believing, flag_of
 from support.files import load_file, locked, save_file, warn
 from support.prepare import preset_of, rooted
 
-FREE_ON_RESUME = ("out_dir", "data_dir", "device", "sample_every", "checkpoint_every", "tensorboard", "profile")
+FREE_ON_RESUME = (
+    "out_dir",
+    "data_dir",
+    "device",
+    "shard",
+    "sample_every",
+    "checkpoint_every",
+    "tensorboard",
+    "profile",
+)
 
 
 def made_with(model: nn.Module, data: Dataset) -> dict[str, Any]:
@@ -60,16 +69,18 @@ def save_run(
     progress: list,
 ) -> None:
     """Write checkpoint.pth, all that a run goes on from, and model.pth; UserError if the weights are not finite."""
+    states = [model.state_dict(), ema.state_dict(), [optimizer.state_dict() for optimizer in optimizers]]
+    weights, average, moments = whole(states) if config.shard else states
     if not first():
         return
-    if not all(parameter.isfinite().all() for parameter in (*model.parameters(), *ema.parameters())):
+    if not all(tensor.isfinite().all() for tensor in (*weights.values(), *average.values())):
         raise diverged(out_dir, "the weights are not finite", progress[0])
     data_dir = config.data_dir or os.environ.get("DATA_DIR")  # the same folder from wherever the run goes on
     fields = vars(config) | {"data_dir": data_dir and os.path.abspath(data_dir)}
-    content = {"config": fields, "model": model.state_dict(), "ema": ema.state_dict(), "progress": progress}
-    content |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "made_with": made_with(model, data)}
+    content = {"config": fields, "model": weights, "ema": average, "progress": progress}
+    content |= {"optimizers": moments, "made_with": made_with(model, data)}
     save_file(content, out_dir / "checkpoint.pth")
-    save_file({"model": ema.state_dict(), "config": model_config(config)}, out_dir / "model.pth")
+    save_file({"model": average, "config": model_config(config)}, out_dir / "model.pth")
 
 
 def load_checkpoint(path: str | Path) -> tuple[Config, dict[str, Any]]:
@@ -120,8 +131,9 @@ def restore_run(
         if was not in (None, is_now):  # class names may be told later
             raise UserError(f"{path}: {name} of its data was {was}, now it is {is_now}; name its --data-dir")
     with believing(f"{path} holds no run to go on with"):
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
+        for network, name in ((model, "model"), (ema, "ema")):
+            there = network.state_dict()
+            network.load_state_dict({key: part_like(tensor, there[key]) for key, tensor in state[name].items()})
         if len(state["optimizers"]) != len(optimizers):
             raise UserError(f"it has {len(state['optimizers'])} optimizers, and its config builds {len(optimizers)}")
         for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -160,7 +172,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], s
                 raise UserError(f"{name} of its optimizer, a mean of squares, is negative")
             if name == "step" and tensor != min(step, 2**24):  # float32 counts no further
                 raise UserError(f"its optimizer has taken {tensor:.0f} steps, not {step}")
-        state[index] = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in moments.items()}
+        moments = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in moments.items()}
+        like = parameters[index]
+        state[index] = {name: part_like(tensor, like) if tensor.ndim else tensor for name, tensor in moments.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -213,4 +227,4 @@ def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
         warn(f"the data were read from {then}, now from $DATA_DIR, {today}; --data-dir says otherwise")
     data_dir = None if today else then
     changes = {name: value for name, value in given.items() if name in free}
-    return config.replace(**{"data_dir": data_dir, **changes, "out_dir": str(path.parent)}), state
+    return config.replace(**{"data_dir": data_dir, "shard": False, **changes, "out_dir": str(path.parent)}), state
