@@ -131,13 +131,15 @@ def test_a_step_reads_nothing_from_the_gpu_but_every_few_steps(gpu, tmp_path, mo
     assert 0 < gpu.reads <= 4
 
 
+@pytest.mark.parametrize("part", [slice(None), slice(4, 8)], ids=["whole", "a process's"])
 @pytest.mark.parametrize("place", ["cpu", "cuda"])
-def test_a_part_of_a_batch_is_on_the_gpu_wherever_the_images_are(place, gpu):
+def test_a_part_of_a_batch_is_on_the_gpu_wherever_the_images_are(place, part, gpu):
     config = Config(**SMALL, flip=True, accumulation_steps=2)
-    parts = train.draw_batch(some_data(place), build_process(config), config, 3, GPU)
-    shapes = [(4, 1, 8, 8), (4,), (4,), (4, 1, 8, 8)]
-    for part in parts:
-        assert [(tensor.shape, tensor.device.type) for tensor in part] == [(shape, "cuda") for shape in shapes]
+    parts = train.draw_batch(some_data(place), build_process(config), config, 3, GPU, part)
+    B = len(range(8)[part]) // 2
+    shapes = [(B, 1, 8, 8), (B,), (B,), (B, 1, 8, 8)]
+    for drawn in parts:
+        assert [(tensor.shape, tensor.device.type) for tensor in drawn] == [(shape, "cuda") for shape in shapes]
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=str)
