@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -79,6 +79,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch, "Generator", AnyGenerator)
     monkeypatch.setattr(Tensor, "item", read)
     monkeypatch.setattr(Tensor, "tolist", read)
+    monkeypatch.setattr(FakeTensor, "tolist", read)
     monkeypatch.setattr(Tensor, "backward", backward)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     with FakeTensorMode(), watch:
