@@ -53,7 +53,7 @@ def main() -> None:
     formula = bytes_sent(parameters, processes, "--shard" in sys.argv)
     print(f"| processes | of {parameters:,} parameters | MB sent, formula | measured | ms a step | ms in add_up |")
     kind = "sharded" if "--shard" in sys.argv else "plain"
-    print(f"| {processes} | {kind} | {formula / 1e6:.1f} | {sent / 1e6:.1f} | {1e3 * step:.0f} | {1e3 * waiting:.0f} |")
+    print(f"| {processes} | {kind} | {formula / 1e6:.3f} | {sent / 1e6:.3f} | {1e3 * step:.0f} | {1e3 * waiting:.0f} |")
 
 
 if __name__ == "__main__":
