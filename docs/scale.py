@@ -20,9 +20,12 @@ from support.command_line import run_script
 WARM_UP = 5  # steps that are not measured
 
 
-def bytes_sent(parameters: int, processes: int, shard: bool, accumulation_steps: int = 1) -> float:
-    """What each process sends in a step on a ring: fp32 gradients twice; or weights twice and gradients, each part."""
-    times = 3 * accumulation_steps if shard else 2
+def bytes_sent(parameters: int, processes: int, shard: bool, accumulation_steps: int = 1, gloo: bool = False) -> float:
+    """What each process sends in a step on a ring: fp32 gradients twice; or weights twice and gradients, each part.
+
+    gloo, of processes on CPUs, adds up all gradients everywhere even where each process keeps but a part: twice again.
+    """
+    times = (4 if gloo else 3) * accumulation_steps if shard else 2
     return times * (processes - 1) / processes * 4 * parameters
 
 
@@ -50,7 +53,7 @@ def main() -> None:
     step = statistics.median(after[1] - before[1] for before, after in pairs)
     waiting = statistics.median(after[1] - after[0] for _, after in pairs)
     sent = statistics.median(after[2] - before[2] for before, after in pairs) / processes
-    formula = bytes_sent(parameters, processes, "--shard" in sys.argv)
+    formula = bytes_sent(parameters, processes, "--shard" in sys.argv, gloo=True)
     print(f"| processes | of {parameters:,} parameters | MB sent, formula | measured | ms a step | ms in add_up |")
     kind = "sharded" if "--shard" in sys.argv else "plain"
     print(f"| {processes} | {kind} | {formula / 1e6:.3f} | {sent / 1e6:.3f} | {1e3 * step:.0f} | {1e3 * waiting:.0f} |")

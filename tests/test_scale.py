@@ -21,7 +21,7 @@ def test_the_table_of_scale_md_is_what_the_formula_says():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone counts the bytes")
 @pytest.mark.parametrize("flags", [[], ["--shard"]], ids=["plain", "sharded"])
 def test_two_processes_send_what_the_formula_says(flags, glyphs_dir, tmp_path):
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "docs.scale"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "docs.scale"]
     command += [*TINY.split(), "--data-dir", str(glyphs_dir), "--out-dir", str(tmp_path / "run"), *flags]
     result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
