@@ -25,7 +25,6 @@ import math
 import platform
 import re
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -39,7 +38,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from config import PAPER_MODELS, Config, preset
 from dit import DiT
@@ -49,21 +47,12 @@ from support.errors import UserError
 from support.files import check_path, save_json
 from support.machine import choose_device, choose_precision, compile_network
 from support.published import from_diffusers
+from support.speed import count_gflops, matmul_peak, seconds_of
 
 MODES = ("forward", "training")
 DEFAULT_MODELS = {"cpu": "digits,DiT-S/8,DiT-S/4,DiT-S/2", "cuda": "DiT-B/2,DiT-L/2,DiT-XL/2"}
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # a batch is so many tokens, unless --batch-size says otherwise
-MATMUL_SIZE = {"cpu": 4096, "cuda": 8192}
 SAMPLE_SECONDS = 1.0  # the least that a timed sample lasts
-
-
-def count_gflops(model: DiT) -> float:
-    """Gflops of a forward pass for one image, a multiply-add counted once, as the paper counts."""
-    device, size = model.pos_embed.device, model.image_size
-    x, t = torch.zeros(1, model.in_channels, size, size, device=device), torch.zeros(1, device=device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x, t, t.long())
-    return counter.get_total_flops() / 2e9
 
 
 def size_config(name: str) -> Config:
@@ -139,25 +128,6 @@ def adamw(network: nn.Module) -> torch.optim.Optimizer:
 def relative_error(out: Tensor, reference: Tensor) -> float:
     """|out - reference| / |reference|."""
     return ((out - reference).norm() / reference.norm()).item()
-
-
-def seconds_of(call: Callable, calls: int, device: torch.device) -> float:
-    """Mean seconds a call, of so many in a row."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return (time.perf_counter() - start) / calls
-
-
-def matmul_peak(device: torch.device, precision: str) -> float:
-    """The most FLOP/s that large square matrix products reach, a multiply-add counted as two."""
-    size = MATMUL_SIZE.get(device.type, 4096)
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    seconds_of(lambda: a @ a, 1, device)  # the first one also loads the library
-    calls = math.ceil(SAMPLE_SECONDS / 5 / seconds_of(lambda: a @ a, 1, device))
-    return 2 * size**3 / min(seconds_of(lambda: a @ a, calls, device) for _ in range(5))
 
 
 def time_in_turn(calls: dict[Any, Callable], repeats: int, device: torch.device) -> dict[Any, list[float]]:

@@ -112,6 +112,8 @@ class Config:
     accumulation_steps: int = option(1, "split each batch into so many parts: less memory", int, least=1, most=2**20)
     shard: bool = option(False, "divide weights, average and moments among torchrun's processes", bool)
     log_every: int = option(50, "steps between rows of loss.csv", int, least=1, most=2**62)
+    tensorboard: bool = option(False, "write figures and samples for TensorBoard too, to out_dir", bool)
+    profile: bool = option(False, "see where the time of a few steps goes: a table, and trace.json in out_dir", bool)
 
     sampler: str = option("dpm++", "ddpm, ddim or dpm++; euler or heun for flow_matching", group="sampling")
     sample_steps: int = option(12, "steps from noise to image, of at most 1000 timesteps", int, least=1, most=1000)

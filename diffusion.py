@@ -125,11 +125,15 @@ class Diffusion:
         self.clip_x0 = clip_x0
         self.num_timesteps = num_timesteps
         self.alphas_cumprod = SCHEDULES[schedule](num_timesteps).float()
+        self.tables: dict[torch.device, Tensor] = {}  # of alphas_cumprod_at
 
     def alphas_cumprod_at(self, t: int | Tensor) -> Tensor:
         """alphas_cumprod of t (B,) -> (B, 1, 1, 1), of an int -> (); past the last step, at t = -1, 1: no noise."""
-        table = F.pad(self.alphas_cumprod, (1, 0), value=1.0)
-        return table[t + 1] if isinstance(t, int) else table.to(t.device)[t + 1].view(-1, 1, 1, 1)
+        device = torch.device("cpu") if isinstance(t, int) else t.device
+        if device not in self.tables:  # made once, for a GPU would wait for each copy
+            self.tables[device] = F.pad(self.alphas_cumprod, (1, 0), value=1.0).to(device)
+        values = self.tables[device][t + 1]
+        return values if isinstance(t, int) else values.view(-1, 1, 1, 1)
 
     def signal_and_noise(self, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alphas_cumprod_t), sqrt(1 - alphas_cumprod_t): t (B,) -> two (B, 1, 1, 1), an int -> two ()."""

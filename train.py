@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from config import Config, preset
 from dataset import Dataset
@@ -55,11 +56,10 @@ def ema_decay_at(step: int, config: Config) -> float:
 
 
 @torch.no_grad()
+@record_function("average")
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema = decay * ema + (1 - decay) * model, for every trained parameter."""
-    for average, parameter in zip(ema.parameters(), model.parameters()):
-        if parameter.requires_grad:
-            average.lerp_(parameter, 1 - decay)
+    """ema = decay * ema + (1 - decay) * model, for every parameter; what is not trained is the same in both."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)  # in one call, not hundreds
 
 
 def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
@@ -78,6 +78,7 @@ def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optim
     return optimizers
 
 
+@record_function("data")
 def draw_batch(
     data: Dataset, process: Diffusion, config: Config, step: int, device: torch.device | str = "cpu", part=slice(None)
 ) -> list[tuple[Tensor, ...]]:
@@ -93,23 +94,26 @@ def draw_batch(
     dropped = torch.rand(shape, device=device, generator=generator) < config.label_dropout
     mirrored = torch.rand(shape, device=device, generator=generator) < 0.5 if config.flip else None
     x0, y = data.draw(index, mirrored, generator, part)
-    t, noise = process.draw_noise(x0[:1].expand(*shape, -1, -1, -1), generator)  # for a batch of this shape
+    with record_function("noise"):
+        t, noise = process.draw_noise(x0[:1].expand(*shape, -1, -1, -1), generator)  # for a batch of this shape
     batch = (x0, y.masked_fill(dropped[part], config.num_classes), t[part], noise[part])
     return list(zip(*(tensor.chunk(config.accumulation_steps) for tensor in batch)))
 
 
-def save_samples(path: Path, ema: nn.Module, config: Config, vae: nn.Module | None, device: torch.device) -> None:
+def save_samples(step: int, ema: nn.Module, config: Config, vae: nn.Module | None, device: torch.device) -> Path | None:
     """A grid of samples, a row for each of at most ten labels, the same noise every time: only learning changes it."""
     if not (distributed.first() or config.shard):
-        return  # the first process alone has all that it takes
+        return None  # the first process alone has all that it takes
     some = torch.linspace(0, config.num_classes - 1, min(config.num_classes, 10), device=device)
     y = some.round().long().repeat_interleave(8)
     config = config.replace(sample_steps=min(config.sample_steps, 50))  # a preview
     for x in denoise(ema, config, y, torch.Generator(device).manual_seed(config.seed)):
         pass
     labels = [config.class_names[label] for label in y] if config.class_names else None
+    path = config.run_dir / "samples" / f"step_{step:07d}.png"
     if distributed.first():
         save_png(decode(vae, x), path, columns=8, labels=labels)
+    return path
 
 
 def train(config: Config, state: dict[str, Any] | None = None) -> Path:
@@ -153,7 +157,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
             if not state:
                 refuse_trained(out_dir)  # again, for another run may have ended here meanwhile
         distributed.check_shared(out_dir)
-        log = stack.enter_context(closing(RunLog(config, out_dir / "loss.csv", step, *counters)))
+        log = stack.enter_context(closing(RunLog(config, out_dir / "loss.csv", device, step, *counters)))
         if not state:
             save_checkpoint()  # so that there is something to resume from the first moment on
         print_summary(config, model, data, device, step)
@@ -177,7 +181,8 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
                 loss += part_loss.detach()
             stop = torch.full((), float(bool(signals)), device=device)
             distributed.add_up(model, loss, stop)
-            norm = distributed.full(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
+            with record_function("clipping"):
+                norm = distributed.full(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip))
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -188,7 +193,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
             if step % config.checkpoint_every == 0 and step < config.train_steps:
                 save_checkpoint()
             if step % config.sample_every == 0 and step < config.train_steps:
-                save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, vae, device)
+                log.add_picture(step, save_samples(step, ema, config, vae, device))
         save_checkpoint()
 
     if distributed.first():
@@ -198,7 +203,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         if distributed.together():
             return out_dir  # torchrun would take anything else for a failure
         sys.exit(128 + signals[0])
-    save_samples(out_dir / "samples" / f"step_{step:07d}.png", ema, config, vae, device)
+    log.add_picture(step, save_samples(step, ema, config, vae, device))
     print(f"done; to see images: {command('inference.py', '--checkpoint', out_dir / 'model.pth')}")
     return out_dir
 

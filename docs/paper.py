@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmark import count_gflops
 from config import ROOT, Config, preset
 from docs.quality import scorer
 from support.checkpoint import load_model
@@ -22,6 +21,7 @@ from support.command_line import run_script
 from support.errors import UserError
 from support.files import append_line
 from support.run_state import resumed
+from support.speed import count_gflops
 from train import train
 
 CSV = Path(__file__).with_suffix(".csv")

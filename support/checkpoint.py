@@ -40,13 +40,13 @@ OF_EVERY_FILE += ["process", "prediction", "schedule"]
 BEFORE = dict(block="adaLN-Zero", learn_sigma=False, clip_x0=True, time_sampling="uniform", time_mean=0.0)
 BEFORE |= dict(optimizer="adamw", cfg_low=0.0, cfg_high=1.0, accumulation_steps=1, activation_checkpointing=False)
 BEFORE |= dict(flip=False, skip_damaged=False, vae=None, init_from=None, class_names=None, latents=False)
-OF_THE_MACHINE = ("data_dir", "out_dir", "device", "shard")
+OF_THE_MACHINE = ("data_dir", "out_dir", "device", "shard", "tensorboard", "profile")
 NETWORK = "image_size in_channels patch_size hidden_size depth num_heads block".split()
 PROCESS = ("process", "prediction", "time_sampling", "time_mean", *SAMPLING[:-1])  # eta is among OPTIONS
 
 
 def model_config(config: Config) -> dict[str, Any]:
-    """What model.pth keeps of a Config: everything but the folders and device of the machine that trained it."""
+    """What model.pth keeps of a Config: everything but what concerns the machine that trained it."""
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in OF_THE_MACHINE}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from config import Config
 from support.errors import UserError
@@ -127,6 +128,7 @@ def own_part(config: Config) -> slice:
     return slice(rank * size, (rank + 1) * size)
 
 
+@record_function("waiting for others")
 def add_up(model: nn.Module, *numbers: Tensor) -> None:
     """The gradients, and the numbers, become their sums over all processes: one all-reduce, always in one order."""
     if processes() == 1:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
+from torch.utils._pytree import tree_leaves
 
 from support.errors import UserError
 
@@ -105,12 +107,25 @@ class Ahead:
     def __init__(self, batch_of: Callable[[int], Any], end: int):
         self.batch_of, self.end = batch_of, end
         self.worker, self.coming = ThreadPoolExecutor(1), {}
+        # In a stream of its own, or a batch would wait for all that CUDA has yet to do for the one before it.
+        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
 
+    def draw(self, step: int) -> Any:
+        """A batch, in the stream of batches."""
+        with torch.cuda.stream(self.stream):
+            return self.batch_of(step)
+
+    @record_function("data")
     def __call__(self, step: int) -> Any:
-        coming = self.coming.pop(step, None) or self.worker.submit(self.batch_of, step)
+        coming = self.coming.pop(step, None) or self.worker.submit(self.draw, step)
         batch = coming.result()
+        if self.stream is not None:
+            here = torch.cuda.current_stream()
+            here.wait_stream(self.stream)
+            for tensor in tree_leaves(batch):
+                tensor.record_stream(here)  # so that its memory is not taken for a later batch while it is in use
         following = step + 1
-        self.coming = {following: self.worker.submit(self.batch_of, following)} if following < self.end else {}
+        self.coming = {following: self.worker.submit(self.draw, following)} if following < self.end else {}
         return batch
 
     def close(self) -> None:

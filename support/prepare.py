@@ -11,7 +11,7 @@ from dataset import DATASETS, Dataset, load_dataset
 from loaders.sources import full_name
 from support.autoencoder import downsampling, encode_dataset, open_vae
 from support.checkpoint import settings_of
-from support.errors import UserError
+from support.errors import UserError, optional
 from support.machine import choose_compile, choose_precision
 
 
@@ -52,6 +52,8 @@ def suitable_patch(side: int) -> int:
 
 def prepare(config: Config, device: torch.device) -> tuple[Config, Dataset, nn.Module | None]:
     """The data that a config names, the config as it fits them, and the autoencoder of latents, or None."""
+    if config.tensorboard:  # an extra package, which it is better to miss now than after the hours that data may take
+        optional("tensorboard", "--tensorboard")
     vae = open_vae(config.vae, device) if config.vae else None
     # Of a run that goes on, image_size is the latents' already; of a new one it is the images'.
     size = config.image_size * downsampling(vae) if config.latents else config.image_size

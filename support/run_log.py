@@ -3,6 +3,7 @@
 import math
 import time
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from support.command_line import Progress, shown
 from support.distributed import first, processes
 from support.files import append_line, writing
 from support.run_state import diverged
+from support.watching import Board, profiler
 
 COLUMNS = "step,loss,learning_rate,images_per_second"
 
@@ -42,11 +44,21 @@ class RunLog:
     """
 
     def __init__(
-        self, config: Config, path: Path, step: int, rows: list[str], loss_sum: float, loss_count: int, seconds: float
+        self,
+        config: Config,
+        path: Path,
+        device: torch.device,
+        step: int,
+        rows: list[str],
+        loss_sum: float,
+        loss_count: int,
+        seconds: float,
     ):
         self.config, self.path, self.first_step = config, path, step
         self.rows, self.loss_sum, self.loss_count, self.seconds = rows, loss_sum, loss_count, seconds
-        self.since_start, self.unread, self.stop = 0.0, [], False
+        self.since_start, self.norms, self.unread, self.stop = 0.0, [], [], False
+        self.board = Board(config, device, step) if config.tensorboard and first() else None
+        self.profiler = profiler(config, step) if config.profile and first() and step < config.train_steps else None
         if first():
             with writing(path) as csv:
                 csv.write("".join(line + "\n" for line in (COLUMNS, *rows)).encode())
@@ -75,13 +87,16 @@ class RunLog:
         for (step, _, learning_rate), (loss, norm, stop) in zip(self.unread, numbers):
             if not math.isfinite(loss + norm):
                 raise diverged(self.path.parent, f"the loss is {loss}, its gradient's norm {norm}", step)
-            self.tell(step, loss, learning_rate)
+            self.tell(step, loss, norm, learning_rate)
             self.stop |= stop > 0
         self.unread = [] if due else self.unread
+        if self.profiler:
+            self.profiler.step()
 
-    def tell(self, step: int, loss: float, learning_rate: float) -> None:
+    def tell(self, step: int, loss: float, norm: float, learning_rate: float) -> None:
         """Tell of a step done."""
         self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
+        self.norms.append(norm)
         done = step == self.config.train_steps
         if self.bar is None:
             self.bar = Progress(self.config.train_steps, done=self.first_step, leave=True)
@@ -91,11 +106,20 @@ class RunLog:
             if first():
                 append_line(self.path, self.rows[-1])
             self.bar.note = f"loss {mean:.4f}, {speed:,.0f} images/s"
-            self.loss_sum, self.loss_count, self.seconds = 0.0, 0, 0.0
+            if self.board:
+                self.board.add_figures(step, mean, learning_rate, fmean(self.norms), speed)
+            self.loss_sum, self.loss_count, self.norms, self.seconds = 0.0, 0, [], 0.0
         self.bar.update()
         if step == self.first_step + 50 and not done:
             tqdm.write(f"about {self.since_start / 50 * (self.config.train_steps - step) / 60:.1f} minutes to go")
 
+    def add_picture(self, step: int, path: Path | None) -> None:
+        """Show a file of samples, where there is more than files to show them."""
+        if self.board and path:
+            self.board.add_picture(step, path)
+
     def close(self) -> None:
+        if self.profiler:
+            self.profiler.stop()
         if self.bar is not None:
             self.bar.close()

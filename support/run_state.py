@@ -25,7 +25,7 @@ from support.errors import UserError, believing, flag_of
 from support.files import load_file, locked, save_file, warn
 from support.prepare import preset_of, rooted
 
-FREE_ON_RESUME = ("out_dir", "data_dir", "device", "shard", "sample_every", "checkpoint_every")
+FREE_ON_RESUME = (*OF_THE_MACHINE, "sample_every", "checkpoint_every")
 
 
 def made_with(model: nn.Module, data: Dataset) -> dict[str, Any]:

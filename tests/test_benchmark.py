@@ -7,6 +7,7 @@ from conftest import assert_one_line_error, run
 
 import benchmark
 from benchmark import Step, compare, diffusers_dit, paired_ratio, relative_error, size_config
+from support import speed
 from support.errors import UserError
 from support.published import from_diffusers
 
@@ -20,7 +21,8 @@ def short(monkeypatch):
     """Quick figures that mean nothing: short samples, small matrix products, one thin block, no memory measured."""
     monkeypatch.setattr(benchmark, "memory_report", lambda *_: MEMORY)
     monkeypatch.setattr(benchmark, "SAMPLE_SECONDS", 0.01)
-    monkeypatch.setattr(benchmark, "MATMUL_SIZE", {"cpu": 256})
+    monkeypatch.setattr(speed, "MATMUL_SIZE", {"cpu": 256})
+    monkeypatch.setattr(speed, "PEAK_SECONDS", 0.002)
     monkeypatch.setattr(benchmark, "size_config", lambda name: size_config(name).replace(hidden_size=32, depth=1))
 
 

@@ -278,3 +278,12 @@ def test_guidance_is_counted_as_in_exact_arithmetic():
 def test_a_scale_below_1_holds_everywhere():
     assert [guidance_at(level, 0.0, (0.4, 0.6)) for level in (0.1, 0.5, 1.0)] == [0.0] * 3
     assert [guidance_at(level, 1.5, (0.4, 0.6)) for level in (0.1, 0.4, 0.5, 0.6, 1.0)] == [1.0, 1.0, 1.5, 1.5, 1.0]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_is_looked_up_is_the_table_itself_with_no_noise_before_its_first_step(schedule):
+    process = Diffusion(schedule)
+    t = torch.arange(-1, 1000)
+    expected = torch.cat([torch.ones(1), process.alphas_cumprod])
+    assert torch.equal(process.alphas_cumprod_at(t), expected.view(-1, 1, 1, 1))
+    assert all(torch.equal(process.alphas_cumprod_at(step), expected[step + 1]) for step in (-1, 0, 500, 999))

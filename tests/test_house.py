@@ -10,7 +10,7 @@ from conftest import ROOT
 # Each row may import from the rows above it and, in its own row, from what stands to its left.
 ORDER = """
 support.start support.errors
-support.options support.files support.machine config
+support.options support.files support.machine support.speed config
 support.distributed
 support.command_line
 time_emb dit_block diffusion
@@ -21,7 +21,7 @@ loaders.* loaders.sources
 dataset
 support.published support.pictures support.autoencoder support.checkpoint support.classifier
 support.metrics support.prepare
-support.run_state support.run_log
+support.run_state support.watching support.run_log
 inference
 train evaluate benchmark
 """.split()

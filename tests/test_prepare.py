@@ -1,5 +1,5 @@
 import shutil
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 
 import numpy as np
@@ -101,6 +101,42 @@ def test_what_is_drawn_ahead_is_what_would_be_drawn(pictures_dir, tmp_path):
     with closing(Ahead(lambda step: 1 / (step - 1), end=5)) as ahead, pytest.raises(ZeroDivisionError):
         ahead(0)
         ahead(1)
+
+
+def test_on_a_gpu_batches_have_a_stream_of_their_own_which_is_waited_for(monkeypatch):
+    told = []
+
+    class Stream:
+        def wait_stream(self, other):
+            told.append(("wait for", other))
+
+    main = Stream()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: told.append(("in", stream)) or nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append((tensor.item(), stream)))
+    with closing(Ahead(lambda step: [(torch.tensor(step), torch.tensor(10 + step))], end=1)) as ahead:
+        ahead(0)
+        assert told == [("in", ahead.stream), ("wait for", ahead.stream), (0, main), (10, main)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu_batches_drawn_ahead_are_whole_while_it_is_busy():
+    images = torch.arange(1000, dtype=torch.float32)
+
+    def batch_of(step):
+        generator = torch.Generator("cuda").manual_seed(step)
+        index = torch.randint(1000, (100_000,), device="cuda", generator=generator)
+        return [(images[index.cpu()].pin_memory().to("cuda", non_blocking=True), index)]
+
+    busy, sums = torch.randn(2000, 2000, device="cuda"), []
+    with closing(Ahead(batch_of, end=50)) as ahead:
+        for step in range(50):
+            busy = (busy @ busy).tanh()  # so that the main stream is always behind
+            ((x, index),) = ahead(step)
+            sums.append((x - index).abs().sum())
+    assert torch.stack(sums).sum() == 0
 
 
 def test_one_class_has_no_labels_to_drop(pictures_dir, tmp_path):

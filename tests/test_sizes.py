@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from benchmark import count_gflops
 from config import PAPER_MODELS
 from dit import DiT
 from support.checkpoint import BLOCKS
+from support.speed import count_gflops
 
 # Table 4: million parameters and Gflops of one forward pass at 32 x 32 x 4.
 TABLE_4 = {

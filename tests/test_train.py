@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, run
+from conftest import ROOT, assert_one_line_error, random_dit, run
 
 import dataset
 import train
@@ -113,6 +113,16 @@ def test_ema_equals_its_closed_form():
     assert torch.allclose(ema.weight, closed, atol=1e-6)
     config = Config(ema_decay=0.99)
     assert ema_decay_at(0, config) == 0.1 and ema_decay_at(10_000, config) == 0.99
+
+
+def test_the_average_in_one_call_is_that_of_a_call_for_each_parameter_to_the_last_bit():
+    model, ema = random_dit(seed=1), random_dit(seed=2)
+    ema.pos_embed.data.copy_(model.pos_embed)  # which is not trained
+    for decay in (0.1, 2 / 11, 0.5, 0.999, 0.9999):
+        pairs = zip(ema.parameters(), model.parameters())
+        expected = [a.lerp(b, 1 - decay).detach() if b.requires_grad else a.detach().clone() for a, b in pairs]
+        update_ema(ema, model, decay)
+        assert_same(expected, [parameter.detach() for parameter in ema.parameters()])
 
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():

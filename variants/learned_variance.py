@@ -79,7 +79,8 @@ def bits_per_dim(process: Diffusion, model: Callable, x0: Tensor, y: Tensor, gen
     All its T + 1 terms (Ho et al., 2020, eq. 5), each of the first T by one network call.
     """
     signal_scale, noise_scale = process.signal_and_noise(process.num_timesteps - 1)
-    prior = kl_divergence(Normal(signal_scale.to(x0) * x0, noise_scale.to(x0)), Normal(0.0, 1.0))
+    end, noise = Normal(signal_scale.to(x0) * x0, noise_scale.to(x0), validate_args=False), Normal(0.0, 1.0)
+    prior = kl_divergence(end, noise)
     bits = prior.mean((1, 2, 3)) / math.log(2)
     for step in counted(range(process.num_timesteps), process.num_timesteps, "bits per dimension"):
         t = torch.full_like(y, step)
