@@ -122,7 +122,7 @@ def fit(folder: Path, name: str, resume: bool = False, stop: bool | None = None,
 
 
 def flags(**settings) -> list[str]:
-    settings = {**TINY, "train_steps": steps(), **settings}
+    settings = {**TINY, "preset": "digits", "train_steps": steps(), **settings}
     return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
 
 
