@@ -45,7 +45,7 @@ PRESETS = {
     # Four times the tokens, and the time to learn to use them: the weights of model.pth.
     "long": dict(patch_size=7, hidden_size=128, train_steps=28_000),
     "fashion": TEXTURED | dict(patch_size=7, hidden_size=128, train_steps=9000),  # in twenty minutes
-    # One's own pictures, in half an hour; the patch follows from their size.
+    # One's own pictures, in an hour on one core; the patch follows from their size.
     "pictures": TEXTURED | dict(patch_size=None, hidden_size=256, train_steps=4500),
     "classic": ORIGINAL  # the recipe of a well-known teaching repository, in this one's model and loop, cut short
     | dict(patch_size=4, hidden_size=64, depth=3, loss="l1", learning_rate=1e-3, batch_size=300, train_steps=2000)
