@@ -276,6 +276,8 @@ def run_script(main: Callable[[], None]) -> None:
         else:
             out.flush()
             if not out.lost:
+                if "TORCHELASTIC_RUN_ID" in os.environ:  # at once: a thread of torch's that outlives Python aborts it,
+                    os._exit(0)  # and torchrun takes that for a failure
                 return
             message = f"what was printed is lost ({out.lost.strerror}); free some space, and run it again"
         finally:
