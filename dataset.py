@@ -64,7 +64,7 @@ class Dataset(NamedTuple):
             moments = self.fetch(own if mirrored is None else own + len(self.labels) * mirrored[part])
             if self.latents["deviation"]:
                 shape = (len(index), self.channels, *moments.shape[2:])
-                noise = torch.randn(shape, generator=generator, device=generator.device)[part].to(moments.device)
+                noise = torch.randn(shape, generator=generator, device=generator.device)[part]
             x0 = draw_latents(moments, noise, self.latents["scale"], self.latents["shift"])
         else:
             x0 = normalize(self.fetch(own))

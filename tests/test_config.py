@@ -51,6 +51,12 @@ def test_presets_are_changed_by_what_is_given():
         preset("large")
 
 
+def test_another_process_than_the_presets_has_a_sampler_of_its_own():
+    assert preset("fashion").sampler == "ddpm" and preset("fashion", process="flow_matching").sampler == "euler"
+    assert preset("flow", process="diffusion").sampler == "dpm++"
+    assert preset("pictures", process="flow_matching", sampler="heun").sampler == "heun"
+
+
 def test_the_papers_models_are_presets():
     xl = preset("DiT-XL/2")
     assert (xl.depth, xl.hidden_size, xl.num_heads, xl.patch_size, xl.image_size) == (28, 1152, 16, 2, 32)
