@@ -33,7 +33,7 @@ from support.autoencoder import decode
 from support.checkpoint import build_model, build_process, check_size, start_from
 from support.command_line import Parser, command, run_script
 from support.files import locked
-from support.machine import Ahead, choose_device, compile_network, deferred_signals
+from support.machine import Ahead, choose_device, compile_network, deferred_signals, sum_in_order
 from support.pictures import save_loss_plot, save_png
 from support.prepare import new_settings, prepare
 from support.run_log import RunLog, print_summary
@@ -126,9 +126,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         config, data, vae = prepare(config, device)
     check_size(config, device)
 
-    # Sums in a fixed order: compiled code would add up the label embedding's gradient as the threads come.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a slow safeguard of no use here
+    sum_in_order(device)
     torch.manual_seed(config.seed)
     model = build_model(config)
     if config.init_from and not state:
@@ -164,7 +162,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         compiling = config.compile == "on" and step < config.train_steps
         network = autocast(compile_network(model, try_step) if compiling else model)
         if data.images.device.type != device.type:  # they do not fit on the GPU
-            batch_of = stack.enter_context(closing(Ahead(batch_of, config.train_steps)))
+            batch_of = stack.enter_context(closing(Ahead(batch_of, config.train_steps, device)))
         # From here on Ctrl-C saves; while compiling it acts at once.
         signals = stack.enter_context(deferred_signals(patient=distributed.together()))
         while step < config.train_steps and not log.stop:

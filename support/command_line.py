@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         """The flags given; UserError for one without a value or beyond its limits."""
         given = super().parse_args(argv)
         for name, value in vars(given).items():
-            if value in ("", []):  # the latter is what argparse makes of --flag=--
+            if value in ("", [], "--"):  # these two are what argparse's versions make of --flag=--
                 raise UserError(f"{flag_of(name)} is given without a value; give it one, or leave it out")
             check_limits(name, value, **self.limits.get(name, {}))
         return given

@@ -133,12 +133,16 @@ def add_up(model: nn.Module, *numbers: Tensor) -> None:
     """The gradients, and the numbers, become their sums over all processes: one all-reduce, always in one order."""
     if processes() == 1:
         return
-    gradients = (p.grad for p in model.parameters() if p.grad is not None)
-    tensors = [*(gradient for gradient in gradients if not is_shard(gradient)), *numbers]  # FSDP2 adds up its own
-    sums = torch.cat([tensor.flatten() for tensor in tensors])
+    trained = [p for p in model.parameters() if p.grad is not None and not is_shard(p.grad)]  # FSDP2 adds up its own
+    tensors = [*(p.grad for p in trained), *numbers]
+    flat = [tensor.flatten() for tensor in tensors]
+    sums = torch.cat(flat)
     dist.all_reduce(sums)
-    for tensor, part in zip(tensors, sums.split([tensor.numel() for tensor in tensors])):
-        tensor.copy_(part.view_as(tensor))
+    parts = [part.view_as(tensor) for tensor, part in zip(tensors, sums.split([len(tensor) for tensor in flat]))]
+    for parameter, part in zip(trained, parts):
+        parameter.grad = part
+    for number, part in zip(numbers, parts[len(trained) :]):
+        number.copy_(part)
 
 
 def is_shard(tensor: Tensor | None) -> bool:

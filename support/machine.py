@@ -76,6 +76,17 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
+def sum_in_order(device: torch.device) -> None:
+    """Have torch add up in a fixed order, so that the same steps end with the same bits.
+
+    Compiled code would add up the label embedding's gradient as the threads come, and so would attention on a GPU;
+    there torch insists on an order of matrix products too, which has to be asked for before the first (support/start).
+    """
+    strict = device.type == "cuda" and "CUBLAS_WORKSPACE_CONFIG" in os.environ
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a slow safeguard of no use here
+
+
 def compile_network(model: nn.Module, loss_of: Callable[[Callable], Tensor]) -> Callable:
     """The model compiled, tried on the gradient of one loss; or the model itself, said aloud, where none compiles."""
     if torch._dynamo.config.disable:
@@ -102,13 +113,14 @@ class Ahead:
     Args:
         batch_of: a function of the step alone.
         end: the step at which there is no next.
+        device: that of the batches.
     """
 
-    def __init__(self, batch_of: Callable[[int], Any], end: int):
+    def __init__(self, batch_of: Callable[[int], Any], end: int, device: torch.device):
         self.batch_of, self.end = batch_of, end
         self.worker, self.coming = ThreadPoolExecutor(1), {}
         # In a stream of its own, or a batch would wait for all that CUDA has yet to do for the one before it.
-        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
 
     def draw(self, step: int) -> Any:
         """A batch, in the stream of batches."""

@@ -56,7 +56,7 @@ def profiler(config: Config, step: int) -> profile:
     left = config.train_steps - step
     skipped = min(SKIPPED, max(1, left - PROFILED), left - 1)
     plan = schedule(wait=max(0, skipped - 1), warmup=min(1, skipped), active=min(PROFILED, left - skipped), repeat=1)
-    profiling = profile(schedule=plan, on_trace_ready=partial(report, config.run_dir / "trace.json"))
+    profiling = profile(schedule=plan, on_trace_ready=partial(report, config.run_dir / "trace.json"), acc_events=True)
     profiling.start()
     return profiling
 

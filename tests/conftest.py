@@ -15,6 +15,7 @@ from loaders.mnist import MNIST_FILES
 from support.checkpoint import BLOCKS
 
 ROOT = Path(__file__).parent.parent
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as support.start has it, for machine.sum_in_order
 
 
 def random_dit(seed: int = 0, **sizes) -> DiT:

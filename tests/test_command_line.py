@@ -92,13 +92,18 @@ def test_a_mistake_on_the_command_line_is_one_line(flags, capsys):
     + [("inference.py", "--labels=--"), ("evaluate.py", "--npz="), ("evaluate.py", "--json=")]
     + [("benchmark.py", "--models="), ("benchmark.py", "--json=")],
 )
-def test_a_flag_without_a_value_is_refused_by_name(script, flag, tmp_path, monkeypatch):
+def test_a_flag_without_a_value_is_refused_by_name(script, flag, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for module, work in ((train, "train"), (inference, "load_model"), (evaluate, "load_model"), (benchmark, "version")):
         monkeypatch.delattr(module, work)  # so that a flag that passes fails at once
     name = flag.split("=")[0]
-    with pytest.raises(UserError, match=f"^{name} is given without a value"):
+    with pytest.raises((UserError, SystemExit)) as refused:
         SCRIPTS[script].main([flag])
+    if isinstance(refused.value, UserError):
+        assert str(refused.value).startswith(f"{name} is given without a value")
+    else:  # newer versions of argparse take -- for a value, which is no number
+        assert "rate" in name or "scale" in name
+        assert f"argument {name}: invalid float value: '--'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -117,7 +117,7 @@ def test_the_table_of_a_checkpoint_and_of_its_npz_agree(judged, tmp_path, mnist_
     config = Config(**sizes, dataset="mnist", sampler="ddim", sample_steps=2, cfg_scale=1.0)
     save_file({"model": random_dit(**sizes).state_dict(), "config": model_config(config)}, tmp_path / "model.pth")
     flags = ["--checkpoint", str(tmp_path / "model.pth"), "--data-dir", mnist_dir, "--json", str(tmp_path / "a.json")]
-    evaluate.main([*flags, "--num-samples", "200", "--seeds", "2"])
+    evaluate.main([*flags, "--num-samples", "200", "--seeds", "2", "--device", "cpu"])
     report = json.loads((tmp_path / "a.json").read_text())
     assert len(report["generated"]) == 2 and report["generated"][0] != report["generated"][1]
     assert report["real"]["accuracy"] > 0.97 and report["FD ratio"] > 1
@@ -258,7 +258,8 @@ def test_an_npz_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch)
 def test_a_checkpoint_and_its_npz_in_whatever_form_measure_the_same(channels, tmp_path, small, capsys):
     small((channels, 8, 8))
     path = save_model(tmp_path / "model.pth", in_channels=channels)
-    evaluate.main(["--checkpoint", str(path), "--num-samples", "100", "--json", str(tmp_path / "a.json")])
+    flags = ["--checkpoint", str(path), "--device", "cpu"]
+    evaluate.main([*flags, "--num-samples", "100", "--json", str(tmp_path / "a.json")])
     expected = json.loads((tmp_path / "a.json").read_text())["generated"][0]
     model, config = load_model(path)
     y = load_dataset("small", "", train=False).labels[:100]
@@ -697,7 +698,7 @@ def test_latents_are_decoded_and_compared_as_pixels(channels, tmp_path, small, c
     small((channels, 8, 8))
     path, seen, usual = save_latent_model(tmp_path / "model.pth"), [], evaluate.measure
     monkeypatch.setattr(evaluate, "measure", lambda images, *rest: seen.append(images) or usual(images, *rest))
-    report, *_ = table(capsys, tmp_path, "--checkpoint", path, "--vae", vae_dir)
+    report, *_ = table(capsys, tmp_path, "--checkpoint", path, "--vae", vae_dir, "--device", "cpu")
     model, config = load_model(path)
     y = torch.arange(100) % 3
     latents = evaluate.draw_images(model, config, y, torch.Generator().manual_seed(config.seed))
@@ -730,7 +731,7 @@ def test_image_files_are_brought_to_the_size_of_what_is_compared(tmp_path, small
 def test_the_adm_suite_reads_what_inference_writes_and_its_folder_holds_the_same(tmp_path, small):
     """It streams arr_0 from the zip: a header of version 1.0, C order, then NHWC bytes, which it takes for colours."""
     path = save_model(tmp_path / "model.pth", in_channels=3)
-    flags = ["--checkpoint", str(path), "--num-samples", "7", "--labels", "012"]
+    flags = ["--checkpoint", str(path), "--num-samples", "7", "--labels", "012", "--device", "cpu"]
     inference.main([*flags, "--npz", str(tmp_path / "s.npz"), "--png-dir", str(tmp_path / "pngs")])
     with zipfile.ZipFile(tmp_path / "s.npz").open("arr_0.npy") as file:
         assert np.lib.format.read_magic(file) == (1, 0)

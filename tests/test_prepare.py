@@ -93,12 +93,12 @@ def test_what_is_drawn_ahead_is_what_would_be_drawn(pictures_dir, tmp_path):
     config = preset("pictures", dataset=str(pictures_dir), data_dir=str(tmp_path), image_size=16, flip=True)
     config, data, _ = prepare(config, CPU)
     batch_of = partial(train.draw_batch, data, build_process(config), config)
-    with closing(Ahead(batch_of, end=5)) as ahead:
+    with closing(Ahead(batch_of, 5, CPU)) as ahead:
         for step in (0, 1, 2, 4):  # what was not expected is drawn as well
             for part, other in zip(ahead(step), batch_of(step), strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(part, other, strict=True))
         assert not ahead.coming  # after the last there is none
-    with closing(Ahead(lambda step: 1 / (step - 1), end=5)) as ahead, pytest.raises(ZeroDivisionError):
+    with closing(Ahead(lambda step: 1 / (step - 1), 5, CPU)) as ahead, pytest.raises(ZeroDivisionError):
         ahead(0)
         ahead(1)
 
@@ -111,12 +111,12 @@ def test_on_a_gpu_batches_have_a_stream_of_their_own_which_is_waited_for(monkeyp
             told.append(("wait for", other))
 
     main = Stream()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: told.append(("in", stream)) or nullcontext())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append((tensor.item(), stream)))
-    with closing(Ahead(lambda step: [(torch.tensor(step), torch.tensor(10 + step))], end=1)) as ahead:
+    batch_of = lambda step: [(torch.tensor(step), torch.tensor(10 + step))]  # noqa: E731
+    with closing(Ahead(batch_of, 1, torch.device("cuda"))) as ahead:
         ahead(0)
         assert told == [("in", ahead.stream), ("wait for", ahead.stream), (0, main), (10, main)]
 
@@ -131,7 +131,7 @@ def test_on_a_gpu_batches_drawn_ahead_are_whole_while_it_is_busy():
         return [(images[index.cpu()].pin_memory().to("cuda", non_blocking=True), index)]
 
     busy, sums = torch.randn(2000, 2000, device="cuda"), []
-    with closing(Ahead(batch_of, end=50)) as ahead:
+    with closing(Ahead(batch_of, 50, torch.device("cuda"))) as ahead:
         for step in range(50):
             busy = (busy @ busy).tanh()  # so that the main stream is always behind
             ((x, index),) = ahead(step)

@@ -7,6 +7,7 @@ from conftest import ROOT
 from docs.scale import bytes_sent
 
 TINY = "--dataset glyphs --hidden-size 64 --depth 2 --batch-size 4 --train-steps 12 --sample-steps 1 --compile off"
+TINY += " --device cpu"
 
 
 def test_the_table_of_scale_md_is_what_the_formula_says():
