@@ -35,7 +35,7 @@ from support.command_line import Parser, command, run_script
 from support.files import locked
 from support.machine import Ahead, choose_device, compile_network, deferred_signals, sum_in_order
 from support.pictures import save_loss_plot, save_png
-from support.prepare import new_settings, prepare
+from support.prepare import check_same, new_settings, prepare
 from support.run_log import RunLog, print_summary
 from support.run_state import refuse_trained, restarted, restore_run, resumed, save_run
 from variants.muon import muon_for
@@ -117,6 +117,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     device, part = choose_device(config.device), distributed.own_part(config)
     with distributed.first_then_others():
         config, data, vae = prepare(config, device)
+    check_same(data)
     check_size(config, device)
 
     sum_in_order(device)
@@ -153,7 +154,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
             save_checkpoint()  # so that there is something to resume from the first moment on
         print_summary(config, model, data, device, step)
         compiling = config.compile == "on" and step < config.train_steps
-        network = autocast(compile_network(model, try_step) if compiling else model)
+        network = autocast(compile_network(model, try_step, distributed.together()) if compiling else model)
         if data.images.device.type != device.type:  # they do not fit on the GPU
             batch_of = stack.enter_context(closing(Ahead(batch_of, config.train_steps, device)))
         # From here on Ctrl-C saves; while compiling it acts at once.

@@ -41,7 +41,11 @@ def main() -> None:
         """add_up, with the time and the bytes before it and after it."""
         start = time.perf_counter()
         add_up(model, *numbers)
-        sizes = sum(parameter.numel() for parameter in model.parameters()), distributed.processes()
+        sizes = (
+            sum(parameter.numel() for parameter in model.parameters()),
+            distributed.processes(),
+            numbers[0].device.type,
+        )
         marks.append((start, time.perf_counter(), loopback_bytes(), *sizes))
 
     distributed.add_up = marked
@@ -49,11 +53,11 @@ def main() -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     pairs = list(zip(marks[WARM_UP:], marks[WARM_UP + 1 :]))
-    parameters, processes = marks[0][3:]
+    parameters, processes, device = marks[0][3:]
     step = statistics.median(after[1] - before[1] for before, after in pairs)
     waiting = statistics.median(after[1] - after[0] for _, after in pairs)
     sent = statistics.median(after[2] - before[2] for before, after in pairs) / processes
-    formula = bytes_sent(parameters, processes, "--shard" in sys.argv, gloo=True)
+    formula = bytes_sent(parameters, processes, "--shard" in sys.argv, gloo=device == "cpu")
     print(f"| processes | of {parameters:,} parameters | MB sent, formula | measured | ms a step | ms in add_up |")
     kind = "sharded" if "--shard" in sys.argv else "plain"
     print(f"| {processes} | {kind} | {formula / 1e6:.3f} | {sent / 1e6:.3f} | {1e3 * step:.0f} | {1e3 * waiting:.0f} |")

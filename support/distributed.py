@@ -62,7 +62,8 @@ def joined() -> Iterator[None]:
         yield
         return
     shared, rank, count = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], shared)
+    # Each start has names of its own. (TORCHELASTIC_RESTART_COUNT does not: each machine counts its own failures.)
+    store = dist.PrefixStore(str(shared.add(f"starts of {rank}", 1)), shared)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     try:
@@ -135,14 +136,13 @@ def add_up(model: nn.Module, *numbers: Tensor) -> None:
         return
     trained = [p for p in model.parameters() if p.grad is not None and not is_shard(p.grad)]  # FSDP2 adds up its own
     tensors = [*(p.grad for p in trained), *numbers]
-    flat = [tensor.flatten() for tensor in tensors]
-    sums = torch.cat(flat)
+    sums = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(sums)
-    parts = [part.view_as(tensor) for tensor, part in zip(tensors, sums.split([len(tensor) for tensor in flat]))]
+    parts = sums.split([tensor.numel() for tensor in tensors])
     for parameter, part in zip(trained, parts):
-        parameter.grad = part
+        parameter.grad = part.view_as(parameter)
     for number, part in zip(numbers, parts[len(trained) :]):
-        number.copy_(part)
+        number.copy_(part[0])
 
 
 def is_shard(tensor: Tensor | None) -> bool:
@@ -155,6 +155,9 @@ def spread(network: nn.Module, device: torch.device, shard: bool) -> nn.Module:
 
     A block is whole only while it computes. Rajbhandari et al., 2020 (ZeRO, stage 3); Zhao et al., 2023.
     """
+    if together():
+        for tensor in network.state_dict().values():
+            dist.broadcast(tensor, 0)
     if not shard:
         return network.to(device)
     from torch.distributed.device_mesh import init_device_mesh  # here, for they take seconds
@@ -181,7 +184,7 @@ def whole(state: Any) -> Any:
         return [whole(value) for value in state]
     if not is_shard(state):
         return state
-    tensor = full(state)
+    tensor = state.full_tensor()
     return tensor.cpu() if first() else None
 
 

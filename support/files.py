@@ -151,7 +151,7 @@ def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
             warn(waiting)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         for scrap in folder.rglob("*.tmp"):
-            if re.search(r"\.(pth|csv|png)(\.\d+)?\.tmp$", scrap.name):  # as `writing` names them, or did
+            if re.search(r"\.(pth|csv|png|json)(\.\d+)?\.tmp$", scrap.name):  # as `writing` names them, or did
                 scrap.unlink()
     except BlockingIOError as error:
         os.close(descriptor)

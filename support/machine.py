@@ -87,8 +87,12 @@ def sum_in_order(device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # a slow safeguard of no use here
 
 
-def compile_network(model: nn.Module, loss_of: Callable[[Callable], Tensor]) -> Callable:
-    """The model compiled, tried on the gradient of one loss; or the model itself, said aloud, where none compiles."""
+def compile_network(model: nn.Module, loss_of: Callable[[Callable], Tensor], together: bool = False) -> Callable:
+    """The model compiled, tried on the gradient of one loss; or the model itself, said aloud, where none compiles.
+
+    Raises:
+        UserError: in place of the latter, where several processes have to do the same (`together`).
+    """
     if torch._dynamo.config.disable:
         print("nothing is compiled, for TORCH_COMPILE_DISABLE is set: it is only slower")
         return model
@@ -97,6 +101,10 @@ def compile_network(model: nn.Module, loss_of: Callable[[Callable], Tensor]) -> 
     try:
         loss_of(compiled).backward()
     except Exception as error:  # whatever the compiler's trouble is, the run can do without it
+        if together:
+            raise UserError(
+                f"compiling failed on one of the processes ({type(error).__name__}); give --compile off"
+            ) from error
         print(f"compiling failed ({type(error).__name__}), so the run goes on without: it is only slower")
         compiled = model
     else:

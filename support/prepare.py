@@ -1,9 +1,11 @@
 """Before training: what the flags leave open is settled by the data, and by the weights that a run starts from."""
 
 import os
+import zlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from config import PRESET_OF, Config
@@ -11,6 +13,7 @@ from dataset import DATASETS, Dataset, load_dataset
 from loaders.sources import full_name
 from support.autoencoder import downsampling, encode_dataset, open_vae
 from support.checkpoint import settings_of
+from support.distributed import together
 from support.errors import UserError, optional
 from support.machine import choose_compile, choose_precision
 
@@ -76,3 +79,16 @@ def prepare(config: Config, device: torch.device) -> tuple[Config, Dataset, nn.M
     if data.num_classes == 1:  # there is no other to be told from
         changes |= dict(cfg_scale=1.0, label_dropout=0.0)
     return config.replace(**changes), data.to(device), vae
+
+
+def check_same(data: Dataset) -> None:
+    """UserError unless all processes of a run have the same labels and, of a thousand compared, images."""
+    if not together():
+        return
+    some = torch.linspace(0, len(data.labels) - 1, 1000).long()
+    parts = (data.labels, data.images[some.to(data.images.device)])
+    number = zlib.crc32(b"".join(part.cpu().numpy().tobytes() for part in parts))
+    bounds = torch.tensor([number, -number])  # whose maxima are opposite where there is but one number
+    dist.all_reduce(bounds, dist.ReduceOp.MAX)
+    if bounds.sum():
+        raise UserError("the processes have read different data; have all machines hold the same in --data-dir")

@@ -114,7 +114,10 @@ def check_progress(
 def restore_run(
     state: dict[str, Any], out_dir: Path, data: Dataset, model: DiT, ema: DiT, optimizers: list[torch.optim.Optimizer]
 ) -> list:
-    """Put a checkpoint's state into a fresh run; returns its progress: step, rows, loss_sum, loss_count, seconds."""
+    """Put a checkpoint's state into a fresh run; returns its progress: step, rows, loss_sum, loss_count, seconds.
+
+    What has been put there is left out of `state`, for a large network's would fill the memory.
+    """
     path = out_dir / "checkpoint.pth"
     there = {"in_channels": data.channels, "num_classes": data.num_classes, "class_names": data.class_names}
     for name, is_now in there.items():
@@ -124,10 +127,10 @@ def restore_run(
     with believing(f"{path} holds no run to go on with"):
         for network, name in ((model, "model"), (ema, "ema")):
             there = network.state_dict()
-            network.load_state_dict({key: part_like(tensor, there[key]) for key, tensor in state[name].items()})
+            network.load_state_dict({key: part_like(tensor, there[key]) for key, tensor in state.pop(name).items()})
         if len(state["optimizers"]) != len(optimizers):
             raise UserError(f"it has {len(state['optimizers'])} optimizers, and its config builds {len(optimizers)}")
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
+        for optimizer, saved in zip(optimizers, state.pop("optimizers")):
             restore_optimizer(optimizer, saved, state["progress"][0])
     then, now = state.get("made_with", {}), made_with(model, data)
     if then.pop("data", None) not in (None, now.pop("data", None)):
@@ -135,7 +138,8 @@ def restore_run(
     then.pop("launch", None)
     changes = [f"{name} {then[name]!r}, now {now[name]!r}" for name in now if then.get(name, now[name]) != now[name]]
     if changes:
-        warn(f"the run was on {'; '.join(changes)}: from here on sums may be rounded differently")
+        also = ", and other numbers are drawn" if then.get("device", now["device"]) != now["device"] else ""
+        warn(f"the run was on {'; '.join(changes)}: from here on sums may be rounded differently{also}")
     return state["progress"]
 
 
@@ -180,9 +184,10 @@ def restarted(given: dict[str, Any]) -> dict[str, Any]:
     They resume what this very launch has written; another run's folder is refused as ever.
     """
     path = checkpoint_of(given)
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not path.exists():
-        return {}
-    if load_checkpoint(path)[1].get("made_with", {}).get("launch") != launch_name():
+    if (
+        not (together() and path.exists())
+        or load_checkpoint(path)[1].get("made_with", {}).get("launch") != launch_name()
+    ):
         return {}
     return {name: given[name] for name in FREE_ON_RESUME if name in given} | {"out_dir": str(path.parent)}
 

@@ -162,7 +162,7 @@ def survive(folder: Path) -> None:
 
 
 def fail(folder: Path) -> None:
-    """A mistake a start: folders that are not shared, a batch that does not divide, a loss that is no number."""
+    """A mistake a start: folders not shared, a batch that does not divide, data and compilers that differ, a NaN."""
     attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
     with pytest.MonkeyPatch.context() as patch:
         if attempt == "0":
@@ -171,6 +171,19 @@ def fail(folder: Path) -> None:
             run_script(lambda: train.main(flags(out_dir="run")))
         if attempt == "1":
             run_script(lambda: train.main(flags(out_dir=folder / "odd", batch_size=15)))
+        if attempt == "2":
+            if rank == "1":
+                patch.setitem(
+                    dataset.DATASETS, "random", lambda *args: (255 - random_images(*args)[0], torch.arange(50) % 4)
+                )
+            run_script(lambda: train.main(flags(out_dir=folder / "other")))
+        if attempt == "3":
+
+            def compile_somewhere(model):
+                return model if rank == "0" else lambda *args: 1 / 0
+
+            patch.setattr(torch, "compile", compile_somewhere)
+            run_script(lambda: train.main([*flags(out_dir=folder / "compiled", compile="on"), "--shard"]))
         if rank == "1":
             loss = Diffusion.loss
             patch.setattr(Diffusion, "loss", lambda *args, **kwargs: loss(*args, **kwargs) * float("nan"))
@@ -321,6 +334,23 @@ def test_killed_processes_are_started_again_and_end_with_the_same_bits(trained, 
 
 
 @pytest.mark.long
+def test_two_machines_start_again_together(trained, tmp_path, monkeypatch):
+    """Two agents of torchrun, as on two machines, of which only one counts the restart."""
+    monkeypatch.setenv("KILLS", "[[1, 16, false]]")
+    meeting = f"localhost:{random.randrange(20_000, 60_000)}"
+    several = ("--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", meeting, "--local-addr", "localhost")
+    words = command(1, survive, tmp_path, *several, "--max-restarts", 2)
+    agents = [subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        told = [agent.communicate(timeout=240)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], told
+    assert_same_end(trained[2] / "plain", tmp_path / "run")
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("numbers", [[2], [1, 2, 4]])
 def test_ten_kills(numbers, trained, tmp_path, monkeypatch):
     if steps() < 200:
@@ -353,11 +383,13 @@ def test_ten_kills(numbers, trained, tmp_path, monkeypatch):
 
 
 def test_a_mistake_is_told_once(tmp_path):
-    result = torchrun(2, fail, tmp_path, "--max-restarts", 2)
+    result = torchrun(2, fail, tmp_path, "--max-restarts", 4)
     assert result.returncode != 0
-    shared, odd, nan = errors(result)
+    shared, odd, other, compiled, nan = errors(result)
     assert "run is not the same folder in all processes; give an --out-dir that they share" in shared
     assert "batch_size 15 is not divisible by 2 processes times accumulation_steps 1; try 16" in odd
+    assert "the processes have read different data; have all machines hold the same in --data-dir" in other
+    assert "compiling failed on one of the processes (ZeroDivisionError); give --compile off" in compiled
     assert "the loss is nan, its gradient's norm nan at step 1; " in nan
     assert load_file(tmp_path / "nan" / "checkpoint.pth")["progress"][0] == 0
 

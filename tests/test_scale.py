@@ -27,4 +27,4 @@ def test_two_processes_send_what_the_formula_says(flags, glyphs_dir, tmp_path):
     result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     formula, measured = map(float, result.stdout.splitlines()[-1].split("|")[3:5])
-    assert formula > 0 and measured > 0.98 * formula  # others may use the device too
+    assert formula > 0 and 0.98 < measured / formula < 1.5  # others may use the device too
