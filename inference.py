@@ -54,7 +54,7 @@ def draw_images(model: DiT, config: Config, y: Tensor, generator: Generator) -> 
 
     Which noise an image starts from, and which a step of ddpm adds, depends on the images drawn together with it.
     """
-    parts, images = y.split(max(1, min(BATCH_SIZE, MOST_TOKENS // model.pos_embed.shape[1]))), []
+    parts, images = y.split(max(1, min(BATCH_SIZE, MOST_TOKENS // model.num_tokens))), []
     with Progress(len(parts) * (config.sample_steps + 1), "sampling") as bar:
         for part in parts:
             for x in denoise(model, config, part, generator):

@@ -118,7 +118,7 @@ def check_state(state: dict[str, Tensor], config: Config) -> DiT:
     """An empty model of a config's sizes; UserError unless the state dict fits it, name by name, and is finite."""
     if not isinstance(state, dict):
         raise UserError("its weights are no state dict")
-    for name, value in sizes_of(state).items():
+    for name, value in sizes_of(state, BLOCKS[config.block].adds_pos_embed).items():
         if getattr(config, name) != value:
             raise UserError(f"its weights have {name} {value}, but its config says {getattr(config, name)}")
     model = empty_model(config)
