@@ -137,6 +137,8 @@ class Config:
         names = self.class_names
         if names is not None and not (len(names) == self.num_classes and all(isinstance(name, str) for name in names)):
             raise UserError(f"class_names {names!r} are not a name for each of {self.num_classes} classes")
+        if self.caption_length and not (names and all(isinstance(text, str) for text in self.captions or ())):
+            raise UserError(f"caption_length {self.caption_length} needs class_names, the words, and captions of them")
         if self.cfg_low >= self.cfg_high:
             raise UserError(f"cfg_low is {self.cfg_low}; it must be less than cfg_high, {self.cfg_high}")
         if self.hidden_size % 4 or self.hidden_size % self.num_heads:

@@ -1,8 +1,8 @@
 """Sample from a trained DiT: `python inference.py` turns noise into digits, and draws the way there.
 
-One generator, `denoise`, feeds everything: the strip (a row per label or caption, noise at the left, digit at the right), the
-animation (--gif), a grid (--num-samples) and arrays for evaluation (--num-samples with --npz). Models of latents, such
-as the paper's own, need a VAE that decodes them (--vae).
+One generator, `denoise`, feeds everything: the strip (a row per label or caption, noise at the left, image at the
+right), the animation (--gif), a grid (--num-samples) and arrays for evaluation (--num-samples with --npz). Models of
+latents, such as the paper's own, need a VAE that decodes them (--vae).
 """
 
 from support.start import start_quietly
@@ -33,7 +33,7 @@ BATCH_SIZE, MOST_TOKENS = 500, 50_000  # of what is drawn at a time; part of wha
 
 
 def denoise(model: DiT, config: Config, y: Tensor, generator: Generator) -> Iterator[Tensor]:
-    """x_T, ..., x_0 for labels y (B,) or captions y (B, L), each (B, C, H, W), drawn as the config's sampling fields say."""
+    """x_T, ..., x_0 for labels (B,) or captions (B, L), each (B, C, H, W), drawn as the config's fields say."""
     size = model.image_size
     noise = torch.randn(len(y), model.in_channels, size, size, device=y.device, generator=generator)
     return build_process(config).sample(
@@ -50,7 +50,7 @@ def denoise(model: DiT, config: Config, y: Tensor, generator: Generator) -> Iter
 
 
 def draw_images(model: DiT, config: Config, y: Tensor, generator: Generator) -> Tensor:
-    """Images (N, C, H, W) in [-1, 1] for labels y (N,) or captions y (N, L), some at a time.
+    """Images (N, C, H, W) in [-1, 1] for labels (N,) or captions (N, L), some at a time.
 
     Which noise an image starts from, and which a step of ddpm adds, depends on the images drawn together with it.
     """
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     basics = parser.group("basics")
     basics.add_argument("--checkpoint", metavar="FILE", help="weights (default: the repository's model.pth)")
     basics.add_argument("--labels", metavar="LABELS", help="0123, or with commas 207,360 or cat,dog (default: all)")
-    basics.add_argument("--prompt", action="append", metavar="TEXT", help="a caption to draw; may be given several times")
+    basics.add_argument("--prompt", action="append", metavar="TEXT", help="a caption to draw; repeat it for more")
     basics.add_argument("--output", metavar="FILE", help="the picture (default: the repository's inference.png)")
     basics.add_argument("--gif", metavar="FILE", help="an animation of the way from noise to image")
     parser.add_number("--num-samples", "a grid of so many, the labels in turn, not the way there", "basics", most=10**8)

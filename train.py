@@ -85,9 +85,9 @@ def draw_batch(
 ) -> list[tuple[Tensor, ...]]:
     """A step's batch in accumulation_steps parts: x0 (B, C, H, W), y (B,) or (B, L), t (B,), noise (B, C, H, W).
 
-    x0 is in [-1, 1], or a latent. All of it follows from (seed, step). Some of the labels, or captions, are dropped, for
-    guidance: the null class stands in their place. With flip, half of the images are mirrored. Each of several processes draws
-    all this, and keeps its `part`.
+    x0 is in [-1, 1], or a latent. All of it follows from (seed, step). Some labels, or captions, are dropped, for
+    guidance: the null class stands in their place. With flip, half of the images are mirrored. Each of several
+    processes draws all this, and keeps its `part`.
     """
     generator = torch.Generator(device).manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # seeds start far apart
     shape = (config.batch_size,)
@@ -103,7 +103,7 @@ def draw_batch(
 
 
 def save_samples(step: int, ema: nn.Module, config: Config, vae: nn.Module | None, device: torch.device) -> Path | None:
-    """A grid of samples, a row for each of at most ten labels or captions, the same noise every time: only learning changes it."""
+    """A grid of samples, a row for each of at most ten y, the same noise every time: only learning changes it."""
     if not (distributed.first() or config.shard):
         return None  # the first process alone has all that it takes
     asked, names = asked_for(config)

@@ -17,7 +17,8 @@ from config import OPTIONS, SAMPLING, Config
 from diffusion import Diffusion
 from dit import DiT
 from dit_block import DiTBlock
-from support.command_line import parse_caption, parse_labels
+from support.captions import parse_caption
+from support.command_line import parse_labels
 from support.distributed import processes
 from support.errors import UserError, believing
 from support.files import read_file, warn

@@ -74,7 +74,8 @@ class Parser(argparse.ArgumentParser):
         """The flags given; UserError for one without a value or beyond its limits."""
         given = super().parse_args(argv)
         for name, value in vars(given).items():
-            if value in ("", [], "--"):  # these two are what argparse's versions make of --flag=--
+            # [] and "--" are what argparse's versions make of --flag=--; of a flag given several times there is a list.
+            if value in ("", [], "--") or (isinstance(value, list) and [] in value):
                 raise UserError(f"{flag_of(name)} is given without a value; give it one, or leave it out")
             check_limits(name, value, **self.limits.get(name, {}))
         return given
@@ -129,29 +130,6 @@ def number_of(text: str, num_classes: int, names: Sequence[str], whole: str) -> 
     if not 0 <= label < num_classes:
         raise UserError(f"label {label} is not one of the model's {num_classes} classes, 0 to {num_classes - 1}")
     return label
-
-
-def parse_caption(text: str, words: Sequence[str], length: int) -> list[int]:
-    """[1, 7, 4, 0, 0], of this length, from "a seven left": the words' numbers, then the padding, which is word 0.
-
-    Capital letters are as small ones. No words at all is the empty caption, "anything".
-
-    Raises:
-        UserError: for a word that is none of the words, which are told, or too many.
-    """
-    given = text.split()
-    numbers = [find_name(word, words[1:]) for word in given]
-    if None in numbers:
-        known = ", ".join(closest(unknown := given[numbers.index(None)], words[1:]) if len(words) > 50 else words[1:])
-        raise UserError(f"caption {text!r}: {unknown!r} is no word of this model; it knows {known}")
-    if len(given) > length:
-        raise UserError(f"caption {text!r} has {len(given)} words; this model's have at most {length}")
-    return [number + 1 for number in numbers] + [0] * (length - len(given))
-
-
-def caption_text(caption: Iterable[int], words: Sequence[str]) -> str:
-    """A caption (L,) as it is read: what parse_caption makes numbers of."""
-    return " ".join(words[word] for word in caption if word)
 
 
 def closest(text: str, names: Sequence[str], most: int = 20) -> list[str]:

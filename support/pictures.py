@@ -52,7 +52,7 @@ def letters(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def shortened(name: str, most: int = 20) -> str:
+def shortened(name: str, most: int = 36) -> str:
     """A class's name to stand beside a row of images, in one line of at most so many letters."""
     name = one_line(name)
     return name if len(name) <= most else name[: most - 1].rstrip() + "…"

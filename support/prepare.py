@@ -10,8 +10,8 @@ from config import PRESET_OF, Config
 from dataset import DATASETS, Dataset, load_dataset
 from loaders.sources import full_name
 from support.autoencoder import downsampling, encode_dataset, open_vae
+from support.captions import caption_text
 from support.checkpoint import settings_of
-from support.command_line import caption_text
 from support.errors import UserError, optional
 from support.machine import choose_compile, choose_precision
 

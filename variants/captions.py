@@ -28,7 +28,7 @@ class Words(NamedTuple):
 
 
 class BagOfWords(nn.Module):
-    """The mean of the embeddings of a caption's words: y (B, length) -> (B, D); num_words counts the padding, word 0."""
+    """The mean of a caption's words' embeddings: y (B, length) -> (B, D); num_words counts the padding, word 0."""
 
     def __init__(self, num_words: int, length: int, hidden_size: int):
         super().__init__()
