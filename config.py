@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent  # default paths start here, wherever a command is 
 PREDICTIONS = {"diffusion": ("noise", "x0", "v"), "flow_matching": ("x0", "v")}
 SAMPLERS = {"diffusion": ("ddpm", "ddim", "dpm++"), "flow_matching": ("euler", "heun")}
 OPTIONS = {"diffusion": ("schedule", "loss", "learn_sigma", "clip_x0", "eta"), "flow_matching": ()}
-BLOCKS = ("in-context", "cross-attention", "adaLN", "adaLN-Zero")
+BLOCKS = ("in-context", "cross-attention", "adaLN", "adaLN-Zero", "modern")
 # The fields that say how to sample: flags of inference.py and evaluate.py too.
 SAMPLING = ("sampler", "sample_steps", "cfg_scale", "cfg_low", "cfg_high", "eta")
 
@@ -92,7 +92,7 @@ class Config:
     hidden_size: int = option(192, "width of a token", int, least=4, most=2**16)
     depth: int = option(6, "number of transformer blocks", int, least=1, most=1000)
     num_heads: int = option(4, "attention heads of a block", int, least=1, most=2**14)
-    block: str = option("adaLN-Zero", "how t and y enter the blocks (the paper's Figure 3)", choices=BLOCKS)
+    block: str = option("adaLN-Zero", "how t and y enter (Figure 3), or a later design", choices=BLOCKS)
 
     process: str = option("diffusion", "how noise and data are joined", choices=tuple(SAMPLERS), group="process")
     prediction: str = option("x0", "what the network predicts", choices=PREDICTIONS["diffusion"])

@@ -28,12 +28,14 @@ from variants.captions import BagOfWords, TextEmbedder
 from variants.conditioning import AdaLNBlock, CrossAttentionBlock, InContextBlock
 from variants.flow_matching import FlowMatching
 from variants.learned_variance import LearnedVariance
+from variants.modern_block import ModernBlock
 
 BLOCKS = {
     "in-context": InContextBlock,
     "cross-attention": CrossAttentionBlock,
     "adaLN": AdaLNBlock,
     "adaLN-Zero": DiTBlock,
+    "modern": ModernBlock,
 }
 PROCESSES = {"diffusion": Diffusion, "flow_matching": FlowMatching}
 # The fields that every version has written, and that no default can stand for.
