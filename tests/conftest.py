@@ -12,6 +12,7 @@ from PIL import Image
 from dataset import load_dataset, normalize
 from dit import DiT
 from loaders.mnist import MNIST_FILES
+from support.captions import parse_caption
 from support.checkpoint import BLOCKS
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,18 @@ def random_dit(seed: int = 0, **sizes) -> DiT:
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.05)
     return model
+
+
+WORDS = ["-", "the", "top", "bottom", "left", "right"]  # of load_corners; the first is the padding
+CAPTIONS = ["the top left", "top right", "bottom left", "the bottom right"]
+
+
+def load_corners(data_dir: str, train: bool) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """A data set of four images, each a white square in one corner, and of captions that say which."""
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    for i, (row, column) in enumerate(((0, 0), (0, 4), (4, 0), (4, 4))):
+        images[i, 0, row : row + 4, column : column + 4] = 255
+    return images, torch.tensor([parse_caption(caption, WORDS, 3) for caption in CAPTIONS]), WORDS
 
 
 def run(script: str, *flags: object, **env: str) -> subprocess.CompletedProcess:
