@@ -40,7 +40,7 @@ from config import ROOT, SAMPLING, Config
 from dataset import DATASETS, Dataset, denormalize, load_dataset, normalize
 from diffusion import Diffusion
 from dit import DiT
-from inference import describe_sampling, draw_images, network_evaluations
+from inference import draw_images
 from support.autoencoder import decode, load_vae
 from support.checkpoint import build_process, load_model
 from support.classifier import HELD_OUT, Classifier, judge_of, mixed_order, quarter_turns, split_training
@@ -58,6 +58,7 @@ from support.metrics import (
     update_distance,
 )
 from support.published import PUBLISHED
+from support.sampling import describe_sampling, network_evaluations
 from variants.learned_variance import bits_per_dim
 
 LEAST = 50  # images to compare: with fewer, distances between features say nothing

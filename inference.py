@@ -29,6 +29,7 @@ from support.files import check_new_folder, check_path, writing
 from support.machine import check_memory, choose_device
 from support.pictures import frames_shown, save_gif, save_png, save_png_dir, save_strip
 from support.published import PUBLISHED
+from support.sampling import describe_sampling, sampling_settings
 
 BATCH_SIZE, MOST_TOKENS = 500, 50_000  # of what is drawn at a time; part of what a seed means
 
@@ -37,17 +38,7 @@ def denoise(model: DiT, config: Config, y: Tensor, generator: Generator) -> Iter
     """x_T, ..., x_0 for the labels y (B,), each (B, C, H, W), drawn as the config's sampling fields say."""
     size = model.image_size
     noise = torch.randn(len(y), model.in_channels, size, size, device=y.device, generator=generator)
-    return build_process(config).sample(
-        model,
-        noise,
-        y,
-        steps=config.sample_steps,
-        sampler=config.sampler,
-        cfg_scale=config.cfg_scale,
-        cfg_interval=(config.cfg_low, config.cfg_high),
-        generator=generator,
-        **({"eta": config.eta} if config.process == "diffusion" else {}),
-    )
+    return build_process(config).sample(model, noise, y, generator=generator, **sampling_settings(config))
 
 
 def draw_images(model: DiT, config: Config, y: Tensor, generator: Generator) -> Tensor:
@@ -62,35 +53,6 @@ def draw_images(model: DiT, config: Config, y: Tensor, generator: Generator) -> 
                 bar.update()
             images.append(x)
     return torch.cat(images)
-
-
-def network_evaluations(config: Config) -> int:
-    """Forward passes for one image, by the config's sampling fields; a guided step takes two, one of heun more."""
-
-    class Counter:
-        """A stand-in for the network that counts the images it is given."""
-
-        in_channels, image_size, num_classes, images = 1, 1, 1, 0
-
-        def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            self.images += len(x)
-            return torch.zeros_like(x)
-
-    counter = Counter()
-    config = config.replace(learn_sigma=False)  # the counter has no variance to tell
-    for _ in denoise(counter, config, torch.zeros(1, dtype=torch.int64), Generator()):
-        pass
-    return counter.images
-
-
-def describe_sampling(config: Config) -> str:
-    """A config's way of sampling, and its cost, in words."""
-    guidance = f"guidance {config.cfg_scale}"
-    if config.cfg_scale > 1 and (config.cfg_low, config.cfg_high) != (0, 1):
-        guidance += f" at noise {config.cfg_low} to {config.cfg_high}"
-    return (
-        f"{config.sampler}, {config.sample_steps} steps, {guidance}: {network_evaluations(config)} network evaluations"
-    )
 
 
 def main(argv: list[str] | None = None) -> None:

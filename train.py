@@ -38,6 +38,7 @@ from support.pictures import save_loss_plot, save_png
 from support.prepare import new_settings, prepare
 from support.run_log import RunLog, print_summary
 from support.run_state import refuse_trained, restarted, restore_run, resumed, save_run
+from variants.muon import muon_for
 
 OF_THE_DATA = ("in_channels", "num_classes", "class_names", "latents")  # fields that are no flags
 
@@ -63,19 +64,11 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon (Jordan et al., 2024) for the blocks' matrices, AdamW for the rest.
-
-    Muon makes all singular values of an update equal; match_rms_adamw scales it to the size of one of AdamW's, so
-    that both take the same learning rate (Liu et al., 2025).
-    """
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2] if config.optimizer == "muon" else []
-    chosen = set(matrices)
-    rest = [p for p in model.parameters() if p.requires_grad and p not in chosen]
-    optimizers = [torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)]
-    if matrices:
-        settings = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(matrices, **settings))
-    return optimizers
+    """AdamW; or Muon for the blocks' matrices (see variants/muon.py), AdamW for the rest."""
+    muon = [muon_for(model.blocks, config.weight_decay)] if config.optimizer == "muon" else []
+    taken = {p for optimizer in muon for group in optimizer.param_groups for p in group["params"]}
+    rest = [p for p in model.parameters() if p.requires_grad and p not in taken]
+    return [torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True), *muon]
 
 
 @record_function("data")

@@ -18,12 +18,13 @@ from matplotlib.figure import Figure
 from config import ROOT, SAMPLERS, SAMPLING, Config
 from dataset import denormalize, load_dataset
 from dit import DiT
-from inference import draw_images, network_evaluations
+from inference import draw_images
 from support.checkpoint import load_model
 from support.classifier import judge_of, split_training
 from support.command_line import run_script
 from support.files import writing
 from support.metrics import frechet_distance
+from support.sampling import network_evaluations
 
 CSV = Path(__file__).with_suffix(".csv")
 NUM_SAMPLES = 1000

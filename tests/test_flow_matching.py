@@ -6,9 +6,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import train
 from config import Config, preset
 from diffusion import Diffusion
-from inference import network_evaluations
 from support.checkpoint import build_process, load_model
 from support.errors import UserError
+from support.sampling import network_evaluations
 from variants.flow_matching import FlowMatching
 
 

@@ -20,7 +20,7 @@ loaders.download loaders.packing loaders.image_folder
 loaders.* loaders.sources
 dataset
 support.published support.pictures support.autoencoder support.checkpoint support.classifier
-support.metrics support.prepare
+support.metrics support.sampling support.prepare
 support.run_state support.watching support.run_log
 inference
 train evaluate benchmark
