@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from dataset import load_dataset, normalize
 from dit import DiT
@@ -16,7 +18,29 @@ from support.captions import parse_caption
 from support.checkpoint import BLOCKS
 
 ROOT = Path(__file__).parent.parent
+OF_LABELS = [name for name in BLOCKS if name != "joint-attention"]  # the blocks that take labels
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as support.start has it, for machine.sum_in_order
+
+
+class Words(NamedTuple):
+    """As variants/captions.py has them."""
+
+    mean: Tensor  # (B, D)
+    tokens: Tensor  # (B, L, D)
+    mask: Tensor  # (B, L)
+
+
+class Captions(nn.Module):
+    """The least that embeds captions: y (B, L), 0 for padding -> Words."""
+
+    def __init__(self, num_words: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_words + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Words:
+        tokens, mask = self.embedding_table(y), y > 0
+        mean = (tokens * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True)
+        return Words(mean, tokens, mask)
 
 
 def random_dit(seed: int = 0, **sizes) -> DiT:

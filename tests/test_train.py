@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CAPTIONS, ROOT, WORDS, assert_one_line_error, load_corners, random_dit, run
+from conftest import CAPTIONS, OF_LABELS, ROOT, WORDS, assert_one_line_error, load_corners, random_dit, run
 
 import dataset
 import train
@@ -269,7 +269,7 @@ def test_sample_grids_take_at_most_50_steps(tmp_path, monkeypatch):
     assert calls.count(False) == 50
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", OF_LABELS)
 def test_every_block_trains_with_a_learned_variance_and_samples(block, tmp_path):
     fit(tmp_path, "--train-steps", 30, "--learn-sigma", "--block", block, "--lr-decay", "constant", "--sampler", "ddpm")
     losses = [float(row["loss"]) for row in rows(tmp_path)]
