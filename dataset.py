@@ -46,6 +46,11 @@ class Dataset(NamedTuple):
         return int(self.labels.max()) + 1 if self.labels.ndim == 1 else len(self.class_names)
 
     @property
+    def caption_length(self) -> int | None:
+        """L, where the labels are captions (N, L): numbers of words, whose names are class_names."""
+        return self.labels.shape[1] if self.labels.ndim == 2 else None
+
+    @property
     def channels(self) -> int:
         """Of an image, or of a latent as it is drawn."""
         return self.images.shape[1] // (2 if self.latents and self.latents["deviation"] else 1)

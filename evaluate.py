@@ -62,8 +62,8 @@ from support.metrics import (
     update_distance,
 )
 from support.published import PUBLISHED
-from support.scene_judge import obedience, scene_judge_of
 from support.sampling import describe_sampling, network_evaluations
+from support.scene_judge import obedience, scene_judge_of
 from variants.learned_variance import bits_per_dim
 
 LEAST = 50  # images to compare: with fewer, distances between features say nothing

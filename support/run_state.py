@@ -117,6 +117,7 @@ def restore_run(
     """Put a checkpoint's state into a fresh run; returns its progress: step, rows, loss_sum, loss_count, seconds."""
     path = out_dir / "checkpoint.pth"
     there = {"in_channels": data.channels, "num_classes": data.num_classes, "class_names": data.class_names}
+    there["caption_length"] = data.caption_length
     for name, is_now in there.items():
         was = state["config"].get(name)
         if was not in (None, is_now):  # class names may be told later

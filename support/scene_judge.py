@@ -73,7 +73,7 @@ class SceneJudge(NamedTuple):
 
 
 def scene_judge_of(data_dir: str | Path, images: Tensor, captions: Tensor) -> SceneJudge:
-    """The judge that training scenes (N, 1, H, W) uint8 with captions (N, L) make; its classifier is kept in data_dir."""
+    """The judge that learns from scenes (N, 1, H, W) uint8 and captions (N, L); its classifier is kept in data_dir."""
     asked = scenes_of(captions)
     _, digits = map(torch.cat, zip(*map(take_apart, images.split(1000))))
     digits, numbers, pens = digits.flatten(0, 1), asked.digits.flatten(), asked.pens.flatten()

@@ -31,11 +31,11 @@ def test_without_attention_a_patch_sees_itself_alone(block):
     assert not changed.any()
 
 
-def test_only_adaln_zero_starts_as_the_identity():
-    x, c = torch.randn(2, 5, 32), {"cross-attention": torch.randn(2, 2, 32)}
+def test_blocks_of_gates_alone_start_as_the_identity():
+    x, c = torch.randn(2, 9, 32), {"cross-attention": (torch.randn(2, 2, 32), None)}
     for name in BLOCKS:
         block = DiT(hidden_size=32, depth=1, num_heads=2, block=BLOCKS[name]).blocks[0]
-        assert torch.equal(block(x, c.get(name, torch.randn(2, 32))), x) == (name == "adaLN-Zero")
+        assert torch.equal(block(x, c.get(name, torch.randn(2, 32))), x) == (name in ("adaLN-Zero", "modern"))
         if name == "adaLN":
             assert block.adaLN_modulation[1].weight.any()
 
@@ -71,4 +71,4 @@ def test_the_two_other_designs_are_pytorchs_transformer_layers():
                 state[f"multihead_attn.in_proj_{end}"] = torch.cat([getattr(ours.q, end), getattr(ours.kv, end)])
         theirs.load_state_dict(state)
         expected = theirs(x, c) if name == "cross-attention" else theirs(x)
-        assert torch.allclose(ours(x, c), expected, atol=1e-5)
+        assert torch.allclose(ours(x, (c, None)), expected, atol=1e-5)

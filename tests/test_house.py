@@ -10,7 +10,7 @@ from conftest import ROOT
 # Each row may import from the rows above it and, in its own row, from what stands to its left.
 ORDER = """
 support.start support.errors
-support.options support.captions support.files support.machine support.speed config
+support.options support.files support.captions support.machine support.speed config
 support.distributed
 support.command_line
 time_emb dit_block diffusion

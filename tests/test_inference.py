@@ -9,9 +9,10 @@ import inference
 from config import PAPER_MODELS, Config
 from dataset import denormalize
 from dit import DiT
-from inference import denoise, parse_labels
+from inference import denoise
 from support.autoencoder import decode, load_vae
 from support.checkpoint import build_process, load_model, model_config
+from support.command_line import parse_labels
 from support.errors import UserError
 from support.files import save_file
 from support.pictures import frames_shown, save_png, save_strip
