@@ -16,6 +16,9 @@ what a perfect model would get. All three sets are equally large, because FD fal
 more than 64 pixels a side are reduced to that. Without classes there is no accuracy and no IS; with fewer than 50 test
 images only the nearest distance is told.
 
+Of scenes it counts, instead, how many obey their captions: the test part's, in turn, whose images are the real column
+(support/scene_judge.py). Seen are pairs of digits that are in the training part too.
+
 With --fid it prints, instead, the figure of papers: Frechet distance to all training images, by an Inception network.
 With --bits-per-dim N it prints, instead, how well a diffusion predicts N test images: its variational bound.
 """
@@ -41,6 +44,7 @@ from dataset import DATASETS, Dataset, denormalize, load_dataset, normalize
 from diffusion import Diffusion
 from dit import DiT
 from inference import draw_images
+from loaders.scenes import scenes_of
 from support.autoencoder import decode, load_vae
 from support.checkpoint import build_process, load_model
 from support.classifier import HELD_OUT, Classifier, judge_of, mixed_order, quarter_turns, split_training
@@ -59,6 +63,7 @@ from support.metrics import (
 )
 from support.published import PUBLISHED
 from support.sampling import describe_sampling, network_evaluations
+from support.scene_judge import obedience, scene_judge_of
 from variants.learned_variance import bits_per_dim
 
 LEAST = 50  # images to compare: with fewer, distances between features say nothing
@@ -141,6 +146,21 @@ def scale_by_judge(train: Dataset, test: Dataset, count: int, data_dir: Path) ->
     return Scale(lambda images, labels: measure(images, labels, reference), real, compared)
 
 
+def scale_by_captions(train: Dataset, test: Dataset, count: int, data_dir: Path) -> Scale:
+    """The shares of scenes that obey their captions; of real ones, of the first `count` test scenes."""
+    judge = scene_judge_of(data_dir, crop(train.images, train.size), train.labels)
+
+    def measure_scenes(images: Tensor, captions: Tensor | None) -> dict[str, float]:
+        return {} if captions is None else obedience(scenes_of(captions), judge.read(images))
+
+    unseen = mixed_order(test.labels)[:count]
+    real = measure_scenes(crop(test.images, test.size)[unseen], test.labels[unseen])
+    told = f"sees both digits and their relation in {real['digits and relation, seen']:.1%} of {count} test scenes"
+    if real["digits and relation, seen"] < 0.8:
+        warn(f"the judge {told}: with less than 80% its figures mean little")
+    return Scale(measure_scenes, real, f"judged by what is to be seen in them; the judge {told}")
+
+
 def scale_by_inception(train: Dataset, test: Dataset, count: int, weights: str | None, device: torch.device) -> Scale:
     """FID between all training images and others; for the real column `count` test images, or all of them."""
     fid = inception_distance(weights, device if device.type == "cuda" else torch.device("cpu"))  # mps lacks float64
@@ -169,7 +189,8 @@ def timed_draw(model: DiT, config: Config, y: Tensor, seed: int, vae: nn.Module 
 def read_npz(path: str) -> tuple[Tensor, Tensor | None]:
     """Images (N, C, H, W) uint8 and labels (N,) int64, or None, of an .npz as inference.py and the ADM suite write it.
 
-    arr_0 is uint8 (N, H, W, C), or (N, H, W) where all is grey; arr_1, which may be missing, whole numbers of any type.
+    arr_0 is uint8 (N, H, W, C), or (N, H, W) where all is grey; arr_1, which may be missing, whole numbers of any type,
+    labels (N,) or captions (N, L).
 
     Raises:
         UserError: for any other file.
@@ -183,12 +204,13 @@ def read_npz(path: str) -> tuple[Tensor, Tensor | None]:
         if is_memory_error(error):
             raise
         raise UserError(f"{path} is not an .npz of images (arr_0) and labels (arr_1): {error!r}") from error
-    whole = labels is None or (labels.dtype.kind in "iu" and labels.shape == images.shape[:1])
+    whole = labels is None or (labels.dtype.kind in "iu" and labels.shape[:1] == images.shape[:1] and labels.ndim <= 2)
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not whole:
         found = f"arr_0 is {images.dtype} {images.shape}" + (
             "" if labels is None else f", arr_1 {labels.dtype} {labels.shape}"
         )
-        raise UserError(f"{path}: {found}; they must be uint8 (N, H, W, C) or (N, H, W), and whole numbers (N,)")
+        wanted = "uint8 (N, H, W, C) or (N, H, W), and whole numbers (N,), or (N, L) of captions"
+        raise UserError(f"{path}: {found}; they must be {wanted}")
     images = torch.from_numpy(images if images.ndim == 4 else images[..., None]).permute(0, 3, 1, 2)
     return images, None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
@@ -216,12 +238,15 @@ def crop(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def check_fit(shape: tuple[int, int, int], labels: Tensor | None, data: Dataset) -> None:
-    """Refuse images of a shape (C, H, W), or labels (N,), that cannot be some of data's."""
+    """Refuse images of a shape (C, H, W), or labels (N,) or captions (N, L), that cannot be some of data's."""
     channels, classes = data.images.shape[1], data.num_classes
     padded = shape[1] == shape[2] >= max(data.size)
     if shape[0] != channels or not (padded or shape[1:] == data.size):
         what = "images of {1} x {2} pixels and {0} channels do not compare with".format(*shape)
         raise UserError(f"{what} {data.name}'s, of {data.size[0]} x {data.size[1]} and {channels}; name --dataset")
+    if labels is not None and labels.shape[1:] != data.labels.shape[1:]:
+        kinds = [f"captions of {part.shape[1]} words" if part.ndim == 2 else "labels" for part in (labels, data.labels)]
+        raise UserError(f"{kinds[0]} do not compare with {data.name}'s {kinds[1]}; name --dataset")
     if labels is not None and not 0 <= labels.min() <= labels.max() < classes:
         raise UserError(f"labels {labels.min()} to {labels.max()} are not all of {data.name}'s, 0 to {classes - 1}")
 
@@ -307,12 +332,13 @@ def report_bits(given: dict, data_dir: Path) -> dict:
 def print_table(report: dict) -> None:
     """The figures of all seeds beside those of real images."""
     print(f"\n{report['images']} images of {shown(report['dataset'])}, {report['settings']}\n{report['compared']}\n")
-    print(f"{'':12}{'generated':>12}{'+-':>10}{'real':>12}")
+    wide = max(12, *map(len, report["real"]))
+    print(f"{'':{wide}}{'generated':>12}{'+-':>10}{'real':>12}")
     for name, real in report["real"].items():
         values = [figures[name] for figures in report["generated"] if name in figures]
         mean = f"{statistics.mean(values):.4f}" if values else "?"
         spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        print(f"{name:12}{mean:>12}{spread:>10}{real:12.4f}")
+        print(f"{name:{wide}}{mean:>12}{spread:>10}{real:12.4f}")
     if "FD ratio" in report:
         print(f"{'FD ratio':12}{report['FD ratio']:12.2f}")
 
@@ -387,6 +413,8 @@ def main(argv: list[str] | None = None) -> None:
     num_samples = check_number(num_samples, train, test, fid)
     if fid:
         scale, asked = scale_by_inception(train, test, num_samples, inception, device), train.labels
+    elif train.labels.ndim == 2:
+        scale, asked = scale_by_captions(train, test, num_samples, data_dir), test.labels
     elif most_compared(train, test) < LEAST:
         scale, asked = scale_by_pixels(train, test), test.labels
     else:
@@ -397,7 +425,8 @@ def main(argv: list[str] | None = None) -> None:
         report["settings"] = f"from {npz}"
         report["generated"] = [scale.measure(crop(images, train.size), labels)]
     else:
-        y, speeds = asked[mixed_order(asked)].repeat(math.ceil(num_samples / len(asked)))[:num_samples], []
+        turns = mixed_order(asked).repeat(math.ceil(num_samples / len(asked)))[:num_samples]
+        y, speeds = asked[turns], []
         report["generated"] = []
         for seed in range(config.seed, config.seed + seeds):
             images, speed = timed_draw(model, config, y.to(device), seed, vae)

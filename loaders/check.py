@@ -15,7 +15,8 @@ def check_loaded(loaded: Any, name: str, train: bool) -> tuple[Tensor, Tensor, l
 
     Images are (N, C, H, W) uint8, not empty; labels are (N,) whole numbers from 0 on. How many classes there are is the
     training labels' to say, so that those leave no number out. Class names need not be given, which is no names: [];
-    or there is a different one for each class.
+    or there is a different one for each class. Or, for labels, there are captions (N, L): numbers of words, of which 0
+    is padding; the class names are the words then, and have to be given, for not all need to be used.
 
     Args:
         name: what the loader is of, for the error.
@@ -40,17 +41,21 @@ def check_loaded(loaded: Any, name: str, train: bool) -> tuple[Tensor, Tensor, l
         labels = torch.zeros(len(images), dtype=torch.int64)
     whole = isinstance(labels, Tensor) and torch.can_cast(labels.dtype, torch.int64)
     shape = (len(images),)
-    promise(whole and labels.shape == shape, f"labels must be a tensor {shape} of whole numbers, or None", kind(labels))
+    captions = whole and labels.ndim == 2 and labels.numel() > 0
+    fits = whole and (labels.shape == shape or captions and labels.shape[:1] == shape)
+    promise(fits, f"labels must be a tensor {shape} of whole numbers, or None", kind(labels))
     labels = labels.long()
     there = labels.unique().tolist()
     span = f"{len(there)} different ones from {there[0]} to {there[-1]}"
-    promise(there[0] >= 0 and (not train or there[-1] < len(there)), "labels must be 0, 1, 2, ... without a gap", span)
+    gapless = not train or captions or there[-1] < len(there)
+    promise(there[0] >= 0 and gapless, "labels must be 0, 1, 2, ... without a gap", span)
     if not names or names == [[]]:
+        promise(not captions, "captions (N, L) need their words, as a third", "none")
         return images, labels, []
     (names,) = names
     words = isinstance(names, tuple | list) and all(isinstance(name, str) and name.strip() for name in names)
     promise(words and len(set(names)) == len(names), "class names must be a list of different words", kind(names))
-    enough = len(names) == there[-1] + 1 if train else len(names) > there[-1]
+    enough = len(names) == there[-1] + 1 if train and not captions else len(names) > there[-1]
     promise(enough, f"there must be a class name for each label, 0 to {there[-1]}", f"{len(names)} of them")
     return images, labels, list(names)
 

@@ -16,7 +16,8 @@ support.command_line
 time_emb dit_block diffusion
 dit
 variants.*
-loaders.download loaders.packing loaders.image_folder
+loaders.download loaders.drawn loaders.packing loaders.image_folder
+loaders.glyphs loaders.mnist
 loaders.* loaders.sources
 dataset
 support.published support.pictures support.autoencoder support.checkpoint support.classifier
