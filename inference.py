@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     if num_samples is None and text is None and prompts is None:
         asked = asked[:10]
     if num_samples is None and len(asked) > 100:
-        raise UserError(f"{len(asked)} labels are too many for one picture; draw them with --num-samples")
+        raise UserError(f"{len(asked)} rows are too many for one picture; draw them with --num-samples")
     count = num_samples or len(asked)
     check_memory(8 * count * config.in_channels * config.image_size**2, f"{count:,} images", "draw fewer", device)
     turn = [i % len(asked) for i in range(count)]

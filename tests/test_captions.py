@@ -16,11 +16,15 @@ def embedders(length: int = 6) -> tuple[BagOfWords, TextEmbedder]:
     return bag, text
 
 
+def normalised(x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
 def test_the_mean_is_a_bag_of_words():
     bag, text = embedders()
     table = text.embedding_table.weight
     for y in CAPTIONS:
-        expected = table[y[y > 0]].mean(0)
+        expected = normalised(table[y[y > 0]].mean(0))
         shuffled = torch.cat([y[y > 0].flip(0), y[y == 0]])
         for mean in (bag(y[None]), bag(shuffled[None]), text(y[None]).mean, text(shuffled[None]).mean):
             assert torch.allclose(mean[0], expected, atol=1e-6)
@@ -55,7 +59,7 @@ def test_the_empty_caption_is_one_learned_token():
     null[1] = 0  # all padding
     words = text(null)
     assert words.mask.tolist() == [[True] + [False] * 5] * 2
-    assert torch.equal(words.mean, text.embedding_table.weight[NULL].expand(2, 32))
+    assert torch.equal(words.mean, normalised(text.embedding_table.weight[NULL]).expand(2, 32))
     assert torch.equal(bag(null), words.mean) and torch.equal(words.tokens[0], words.tokens[1])
     assert all(part.isfinite().all() for part in words)
 
@@ -78,7 +82,7 @@ def test_words_tell_each_other_as_in_torchs_attention():
     theirs = nn.MultiheadAttention(32, 2, batch_first=True)
     state = {"in_proj_weight": text.attn.qkv.weight, "in_proj_bias": text.attn.qkv.bias}
     theirs.load_state_dict(state | {f"out_proj.{name}": value for name, value in text.attn.proj.state_dict().items()})
-    x = nn.functional.layer_norm(text.embedding_table(CAPTIONS) + text.pos_embed, (32,), eps=1e-6)
+    x = normalised(text.embedding_table(CAPTIONS) + text.pos_embed)
     expected = x + theirs(x, x, x, key_padding_mask=CAPTIONS == 0)[0]
     mask = CAPTIONS > 0
     assert torch.allclose(text(CAPTIONS).tokens[mask], expected[mask], atol=1e-5)

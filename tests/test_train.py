@@ -429,8 +429,8 @@ def read_corners(path, captions):
 
 @pytest.mark.parametrize("block", ["adaLN-Zero", "cross-attention", "joint-attention"])
 def test_captions_are_learnt_in_each_of_three_ways(block, tmp_path, capsys):
-    flags = ["--dataset", "corners", "--block", block, "--train-steps", 400, "--learning-rate", 5e-3]
-    fit(tmp_path, *flags, "--batch-size", 32, "--ema-decay", 0.98)
+    flags = ["--dataset", "corners", "--block", block, "--train-steps", 200, "--learning-rate", 5e-3]
+    fit(tmp_path, *flags, "--batch-size", 32, "--ema-decay", 0.98, "--time-mean", 2.5)  # at much noise captions matter
     assert "4 images of (1, 8, 8), captions of 5 words" in capsys.readouterr().out
     config = load_model(tmp_path / "model.pth")[1]
     assert (config.num_classes, config.caption_length, config.class_names) == (6, 3, tuple(WORDS))
@@ -461,9 +461,8 @@ def test_a_resumed_run_of_captions_ends_with_the_same_bits(block, tmp_path):
     assert (tmp_path / "a" / "model.pth").read_bytes() == (tmp_path / "b" / "model.pth").read_bytes()
 
 
-@pytest.mark.parametrize("block", ["cross-attention", "joint-attention"])
-def test_captions_train_in_every_way_that_a_machine_asks_for(block, tmp_path, capsys):
-    common = ["--dataset", "corners", "--block", block, "--train-steps", 15, "--log-every", 5]
+def test_captions_train_in_every_way_that_a_machine_asks_for(tmp_path):
+    common = ["--dataset", "corners", "--block", "joint-attention", "--train-steps", 15, "--log-every", 5]
     ways = {
         "plain": [],
         "parts": ["--accumulation-steps", 4],

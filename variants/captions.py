@@ -4,8 +4,9 @@ A caption y (B, L) is the numbers of its words, 0 behind the last one. The empty
 condition of guidance: one learned token stands in it, so that no mean and no softmax is over nothing. It is written as
 num_words at every place, as the null class of labels is num_classes; zeros alone mean the same.
 
-    BagOfWords     y (B, L) -> (B, D), the mean of its words' embeddings. It takes the place of dit.LabelEmbedder for
-                   every block, and cannot tell "three left of seven" from "seven left of three".
+    BagOfWords     y (B, L) -> (B, D), the mean of its words' embeddings, normalised: else a mean of many small vectors
+                   would say little beside t, and be learnt slowly. It takes the place of dit.LabelEmbedder for every
+                   block, and cannot tell "three left of seven" from "seven left of three".
     TextEmbedder   y (B, L) -> Words: that mean, and the words in their order, for blocks that read them: they have
                    learned positions, and one layer of self-attention tells each the others, as a text encoder does
                    (Vaswani et al., 2017; Radford et al., 2021).
@@ -22,7 +23,7 @@ from dit_block import Attention, attend, layer_norm
 class Words(NamedTuple):
     """A batch of captions, embedded."""
 
-    mean: Tensor  # (B, D), over the words alone
+    mean: Tensor  # (B, D), over the words alone, normalised
     tokens: Tensor  # (B, L, D)
     mask: Tensor  # (B, L) bool: True where a word is, False where there is none to be seen
 
@@ -33,6 +34,7 @@ class BagOfWords(nn.Module):
     def __init__(self, num_words: int, length: int, hidden_size: int):
         super().__init__()
         self.length = length
+        self.norm = layer_norm(hidden_size)
         self.embedding_table = nn.Embedding(num_words + 1, hidden_size)
 
     def embed(self, y: Tensor) -> Words:
@@ -42,7 +44,7 @@ class BagOfWords(nn.Module):
         tokens = self.embedding_table(y.masked_fill(~mask, null))
         mask[:, 0] = True  # in an empty caption the null token is there
         mean = tokens.mul(mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True)
-        return Words(mean, tokens, mask)
+        return Words(self.norm(mean), tokens, mask)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embed(y).mean
@@ -54,7 +56,6 @@ class TextEmbedder(BagOfWords):
     def __init__(self, num_words: int, length: int, hidden_size: int, num_heads: int):
         super().__init__(num_words, length, hidden_size)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(length, hidden_size))
-        self.norm = layer_norm(hidden_size)
         self.attn = Attention(hidden_size, num_heads)
 
     def forward(self, y: Tensor) -> Words:
