@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent  # default paths start here, wherever a command is 
 PREDICTIONS = {"diffusion": ("noise", "x0", "v"), "flow_matching": ("x0", "v")}
 SAMPLERS = {"diffusion": ("ddpm", "ddim", "dpm++"), "flow_matching": ("euler", "heun")}
 OPTIONS = {"diffusion": ("schedule", "loss", "learn_sigma", "clip_x0", "eta"), "flow_matching": ()}
-BLOCKS = ("in-context", "cross-attention", "adaLN", "adaLN-Zero", "modern")
+BLOCKS = ("in-context", "cross-attention", "adaLN", "adaLN-Zero", "modern", "joint-attention")
 # The fields that say how to sample: flags of inference.py and evaluate.py too.
 SAMPLING = ("sampler", "sample_steps", "cfg_scale", "cfg_low", "cfg_high", "eta")
 

@@ -100,8 +100,9 @@ def save_samples(step: int, ema: nn.Module, config: Config, vae: nn.Module | Non
     if not (distributed.first() or config.shard):
         return None  # the first process alone has all that it takes
     asked, names = asked_for(config)
-    some = torch.linspace(0, len(names) - 1, min(len(names), 10)).round().long().repeat_interleave(8)
-    y = torch.tensor(asked)[some].to(device)
+    count = min(len(names), 10)
+    some = [round(i * (len(names) - 1) / max(1, count - 1)) for i in range(count) for _ in range(8)]
+    y = torch.tensor([asked[i] for i in some], device=device)
     config = config.replace(sample_steps=min(config.sample_steps, 50))  # a preview
     for x in denoise(ema, config, y, torch.Generator(device).manual_seed(config.seed)):
         pass

@@ -27,6 +27,7 @@ from support.published import DOWNLOADS, read_published, sizes_of, weights_of
 from variants.captions import BagOfWords, TextEmbedder
 from variants.conditioning import AdaLNBlock, CrossAttentionBlock, InContextBlock
 from variants.flow_matching import FlowMatching
+from variants.joint_attention import JointAttentionBlock
 from variants.learned_variance import LearnedVariance
 from variants.modern_block import ModernBlock
 
@@ -36,6 +37,7 @@ BLOCKS = {
     "adaLN": AdaLNBlock,
     "adaLN-Zero": DiTBlock,
     "modern": ModernBlock,
+    "joint-attention": JointAttentionBlock,
 }
 PROCESSES = {"diffusion": Diffusion, "flow_matching": FlowMatching}
 # The fields that every version has written, and that no default can stand for.

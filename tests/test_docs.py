@@ -7,6 +7,7 @@ import tokenize
 
 import pytest
 from conftest import ROOT
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from config import PRESETS, Config
 
@@ -49,6 +50,7 @@ def words_of_the_code() -> set[str]:
 WORDS = words_of_the_code()
 FLAGS = {"--help", *("--" + name.replace("_", "-") for name in Config.__dataclass_fields__)}
 FLAGS |= {word for word in WORDS if word.startswith("--")}
+FLAGS |= set(torchrun_parser()._option_string_actions)
 
 
 def names_in(text: str) -> set[str]:
