@@ -83,8 +83,14 @@ def test_thinning_is_that_of_zhang_and_suen():
     assert label(~circle)[1] == label(circle, torch.ones(3, 3))[1] + 1 == 2  # closed, and in one piece
 
 
-def test_lines_are_thin_and_in_as_many_pieces_as_the_digit():
-    digits, _ = draw_glyphs(200, seed=3)
+@pytest.fixture(scope="module")
+def glyphs():
+    """300 digits and their labels."""
+    return draw_glyphs(300, seed=0)
+
+
+def test_lines_are_thin_and_in_as_many_pieces_as_the_digit(glyphs):
+    digits = glyphs[0][:150]
     lines, eight = lines_of(digits), torch.ones(3, 3)
     big = torch.nn.functional.interpolate(digits.float(), scale_factor=2, mode="bilinear").squeeze(1)
     for line, ink in zip(lines, big > 0.35 * big.amax((1, 2), keepdim=True)):
@@ -113,7 +119,7 @@ def test_a_pen_writes_strokes_of_its_width_about_the_middle(width):
     assert ink[:, :14].sum() == 0
     places = torch.arange(28) + 0.5
     middle = torch.tensor([(ink.sum(0) * places).sum(), (ink.sum(1) * places).sum()]) / ink.sum()
-    assert torch.allclose(middle, torch.tensor([21.0, 12.6]), atol=0.05)
+    assert torch.allclose(middle, torch.tensor([21.0, 12.6]), atol=0.1)
     # Turned by half a right angle it is as thick.
     lines[0] = torch.eye(56, dtype=torch.bool)
     slanted = write(lines, torch.tensor([width]), torch.zeros(1, 2))[0, 0]
@@ -121,9 +127,9 @@ def test_a_pen_writes_strokes_of_its_width_about_the_middle(width):
 
 
 @pytest.fixture(scope="module")
-def drawn():
+def drawn(glyphs):
     """500 scenes of glyphs."""
-    digits, labels = draw_glyphs(300, seed=0)
+    digits, labels = glyphs
     chosen = torch.randint(1800, (500,), generator=torch.Generator().manual_seed(0))
     return digits, labels, chosen, *draw_scenes(digits, labels, chosen, seed=5)
 
@@ -169,8 +175,9 @@ def test_widths_are_measured_back(drawn):
     images, asked = drawn[3], scenes_of(drawn[4])
     widths = stroke_widths(take_apart(images)[1].flatten(0, 1)).view(-1, 2)
     means = [widths[asked.pens == pen].mean().item() for pen in range(3)]
-    print(means)
-    assert 0.6 < means[0] < 1.0 < 1.1 < means[1] < 1.4 < 1.8 < means[2] < 2.5  # a little less than the pens' 1, 1.7, 2.5
+    assert (
+        0.6 < means[0] < 1.0 < 1.1 < means[1] < 1.4 < 1.8 < means[2] < 2.5
+    )  # a little less than the pens' 1, 1.7, 2.5
     speckled = (images + 20 * torch.rand(images.shape)).clamp(max=255).byte()  # does not count as ink
     again = stroke_widths(take_apart(speckled)[1].flatten(0, 1)).view(-1, 2)
     assert (again - widths).abs().mean() < 0.1
@@ -199,31 +206,30 @@ def test_obedience_counts_each_mistake_once():
 
 
 @pytest.fixture
-def few(monkeypatch):
-    """300 glyphs in the place of MNIST, few scenes, and what was drawn."""
-    seeds = []
-    digits = draw_glyphs(300, seed=0)
+def few(monkeypatch, glyphs):
+    """Glyphs in the place of MNIST, a hundred scenes, and a list of the seeds drawn with."""
+    seeds, digits = [], [part[:100] for part in glyphs]
     monkeypatch.setattr(scenes, "load_mnist", lambda data_dir, train: digits)
-    few_of = lambda *parts: seeds.append(parts[3]) or draw_scenes(parts[0], parts[1], parts[2][:400], parts[3])  # noqa: E731
+    few_of = lambda *parts: seeds.append(parts[3]) or draw_scenes(parts[0], parts[1], parts[2][:100], parts[3])  # noqa: E731
     monkeypatch.setattr(scenes, "draw_scenes", few_of)
     return seeds
 
 
 def test_the_dataset_has_its_words_and_the_unseen_pairs_in_its_test_part_alone(few, tmp_path):
     train, test = (load_dataset("scenes", tmp_path, train=part) for part in (True, False))
-    assert train.images.shape == (400, 1, 28, 28) and train.labels.shape == (400, LENGTH)
+    assert train.images.shape == (100, 1, 28, 28) and train.labels.shape == (100, LENGTH)
     assert train.class_names == WORDS and train.num_classes == test.num_classes == len(WORDS) == 17
     assert train.caption_length == LENGTH
-    assert not scenes_of(train.labels).unseen.any() and 0.03 < scenes_of(test.labels).unseen.float().mean() < 0.2
+    assert not scenes_of(train.labels).unseen.any() and 0 < scenes_of(test.labels).unseen.float().mean() < 0.2
     x, y = train.draw(torch.tensor([3, 0]), torch.tensor([False, False]), torch.Generator())
     assert x.shape == (2, 1, 28, 28) and torch.equal(y, train.labels[[3, 0]])
     assert load_dataset("scenes", tmp_path, image_size=32).images.shape[2:] == (32, 32)
 
 
-def test_scenes_are_kept_for_as_long_as_the_digits_and_the_code_stay(few, tmp_path, monkeypatch, capsys):
+def test_scenes_are_kept_for_as_long_as_the_digits_and_the_code_stay(few, glyphs, tmp_path, monkeypatch, capsys):
     first = load_dataset("scenes", tmp_path)
     assert torch.equal(load_dataset("scenes", tmp_path).images, first.images) and few == [0]
-    others = draw_glyphs(300, seed=1)
+    others = [part[100:200] for part in glyphs]
     monkeypatch.setattr(scenes, "load_mnist", lambda data_dir, train: others)
     assert not torch.equal(load_dataset("scenes", tmp_path).images, first.images) and few == [0, 0]
     assert "were drawn by another version" in capsys.readouterr().err
@@ -240,14 +246,13 @@ def test_scenes_are_kept_for_as_long_as_the_digits_and_the_code_stay(few, tmp_pa
         load_dataset("scenes", tmp_path)
 
 
-def test_without_mnist_they_are_of_glyphs_and_that_is_said_aloud(few, tmp_path, monkeypatch, capsys):
+def test_without_mnist_they_are_of_glyphs_and_that_is_said_aloud(few, glyphs, tmp_path, monkeypatch, capsys):
     def missing(data_dir, train):
         raise NotAvailable("MNIST is not there")
 
-    glyphs = draw_glyphs(100, seed=0)
     monkeypatch.setattr(scenes, "load_mnist", missing)
-    monkeypatch.setattr(scenes, "load_glyphs", lambda data_dir, train: glyphs)
-    assert len(load_dataset("scenes", tmp_path).images) == 400
+    monkeypatch.setattr(scenes, "load_glyphs", lambda data_dir, train: [part[:100] for part in glyphs])
+    assert len(load_dataset("scenes", tmp_path).images) == 100
     said = capsys.readouterr().err
     assert "*** MNIST is not there\n*** The scenes are made of glyphs" in said
 
