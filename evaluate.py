@@ -239,7 +239,7 @@ def crop(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def check_kind(caption_length: int | None, data: Dataset, what: str) -> None:
     """Refuse labels where data has captions, captions where it has labels, and those of another length."""
-    kinds = [f"captions of {n} words" if n else "labels" for n in (caption_length, data.caption_length)]
+    kinds = ["labels" if n is None else f"captions of {n} words" for n in (caption_length, data.caption_length)]
     if caption_length != data.caption_length:
         raise UserError(f"{what} {kinds[0]}, and {data.name} has {kinds[1]}; name its --dataset")
 
