@@ -237,6 +237,13 @@ def crop(images: Tensor, size: tuple[int, int]) -> Tensor:
     return images[:, :, top : top + size[0], left : left + size[1]]
 
 
+def check_kind(caption_length: int | None, data: Dataset, what: str) -> None:
+    """Refuse labels where data has captions, captions where it has labels, and those of another length."""
+    kinds = ["labels" if n is None else f"captions of {n} words" for n in (caption_length, data.caption_length)]
+    if caption_length != data.caption_length:
+        raise UserError(f"{what} {kinds[0]}, and {data.name} has {kinds[1]}; name its --dataset")
+
+
 def check_fit(shape: tuple[int, int, int], labels: Tensor | None, data: Dataset) -> None:
     """Refuse images of a shape (C, H, W), or labels (N,) or captions (N, L), that cannot be some of data's."""
     channels, classes = data.images.shape[1], data.num_classes
@@ -244,18 +251,18 @@ def check_fit(shape: tuple[int, int, int], labels: Tensor | None, data: Dataset)
     if shape[0] != channels or not (padded or shape[1:] == data.size):
         what = "images of {1} x {2} pixels and {0} channels do not compare with".format(*shape)
         raise UserError(f"{what} {data.name}'s, of {data.size[0]} x {data.size[1]} and {channels}; name --dataset")
-    if labels is not None and labels.shape[1:] != data.labels.shape[1:]:
-        kinds = [f"captions of {part.shape[1]} words" if part.ndim == 2 else "labels" for part in (labels, data.labels)]
-        raise UserError(f"{kinds[0]} do not compare with {data.name}'s {kinds[1]}; name --dataset")
+    if labels is not None:
+        check_kind(labels.shape[1] if labels.ndim == 2 else None, data, "arr_1 has")
     if labels is not None and not 0 <= labels.min() <= labels.max() < classes:
         raise UserError(f"labels {labels.min()} to {labels.max()} are not all of {data.name}'s, 0 to {classes - 1}")
 
 
-def check_model(model: DiT, shape: tuple[int, int, int], data: Dataset, path: str) -> None:
+def check_model(config: Config, shape: tuple[int, int, int], data: Dataset, path: str) -> None:
     """Refuse a model that draws other images than data's, of a shape (C, H, W), or other classes."""
     check_fit(shape, None, data)
-    if model.num_classes != data.num_classes:
-        found = f"{path} draws {model.num_classes} classes"
+    check_kind(config.caption_length, data, f"{path} draws")
+    if config.num_classes != data.num_classes:
+        found = f"{path} draws {config.num_classes} classes"
         raise UserError(f"{found}, not {data.name}'s {data.num_classes}; name its --dataset")
 
 
@@ -313,7 +320,7 @@ def report_bits(given: dict, data_dir: Path) -> dict:
     if config.latents:
         raise UserError(f"--bits-per-dim is a bound for pixels; {checkpoint} is a model of latents")
     train, test = load_both(name, data_dir, model.image_size, skip_damaged)
-    check_model(model, (model.in_channels, model.image_size, model.image_size), train, checkpoint)
+    check_model(config, (model.in_channels, model.image_size, model.image_size), train, checkpoint)
     check_limits("bits_per_dim", count, most=len(test.labels))  # as many as there are test images
     generator = torch.Generator(device).manual_seed(seed)
     bits = []
@@ -409,7 +416,7 @@ def main(argv: list[str] | None = None) -> None:
         check_fit(shape, labels, train)
     else:
         grey = vae is not None and train.images.shape[1] == 1  # what a VAE draws has always three channels
-        check_model(model, (1, *shape[1:]) if grey else shape, train, checkpoint)
+        check_model(config, (1, *shape[1:]) if grey else shape, train, checkpoint)
     num_samples = check_number(num_samples, train, test, fid)
     if fid:
         scale, asked = scale_by_inception(train, test, num_samples, inception, device), train.labels

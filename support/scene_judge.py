@@ -16,6 +16,7 @@ from loaders.scenes import PENS, Scenes, scenes_of
 from support.classifier import Classifier, judge_of
 
 CROP = 16  # pixels a side, of a half-size digit and a margin
+RIGHT = ("both digits", "relation", "digits and relation", "thickness", "all")  # what may be right
 SPECK = 0.1  # ink of at most so much does not count as a stroke
 
 
@@ -96,15 +97,14 @@ def obedience(asked: Scenes, read: Scenes) -> dict[str, float]:
     fits = (read.digits == asked.digits).any(1)
     crossed = ~fits & (read.digits.flip(1) == asked.digits).any(1)
     pens = torch.where(crossed[:, None], read.pens.flip(1), read.pens)
-    right = {"both digits": (read.digits.sort(1).values == asked.digits.sort(1).values).all(1)}
-    right["relation"] = (read.relation == asked.relation) & fits
-    right["digits and relation"] = right["both digits"] & right["relation"]
-    right["thickness"] = (pens == asked.pens).all(1)
-    right["all"] = right["digits and relation"] & right["thickness"]
+    digits = (read.digits.sort(1).values == asked.digits.sort(1).values).all(1)
+    relation = (read.relation == asked.relation) & fits
+    thickness = (pens == asked.pens).all(1)
+    right = digits, relation, digits & relation, thickness, digits & relation & thickness
     groups = {"seen": ~asked.unseen, "unseen": asked.unseen}
     return {
         f"{name}, {pairs}": values[group].float().mean().item()
         for pairs, group in groups.items()
         if group.any()
-        for name, values in right.items()
+        for name, values in zip(RIGHT, right)
     }
