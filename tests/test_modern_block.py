@@ -106,7 +106,7 @@ def test_it_has_the_parameters_of_adaln_zero(hidden_size):
 
 
 def test_heads_that_cannot_turn_are_refused():
-    with pytest.raises(UserError, match="hidden_size 36 each of num_heads 6 has 6; try hidden_size 48"):
+    with pytest.raises(UserError, match="hidden_size 36 / num_heads 6 is 6; try hidden_size 48"):
         DiT(hidden_size=36, num_heads=6, block=BLOCKS["modern"])
 
 

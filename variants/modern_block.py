@@ -49,7 +49,7 @@ class RotaryAttention(Attention):
         if width % 4:
             near = 4 * num_heads * max(1, round(width / 4))
             raise UserError(
-                f"block modern turns features in fours, and in hidden_size {hidden_size} each of num_heads {num_heads} has "
+                f"block modern turns a head's features in fours; hidden_size {hidden_size} / num_heads {num_heads} is "
                 f"{width}; try hidden_size {near}"
             )
         self.norm_q, self.norm_k = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
