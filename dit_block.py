@@ -10,8 +10,6 @@ variants/conditioning.py has the three designs that the paper compares it with.
 x (B, N, D) tokens, c (B, D)  ->  (B, N, D)
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,12 +84,12 @@ class Block(nn.Module):
         return [cls(hidden_size, num_heads) for _ in range(depth)]
 
     @staticmethod
-    def enter(x: Tensor, t_emb: Tensor, y_emb: Any) -> tuple[Tensor, Any]:
+    def enter(x: Tensor, t_emb: Tensor, y_emb: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, D), embedded t and y (B, D) -> the tokens and the conditioning c of the blocks."""
         return x, t_emb + y_emb
 
     @staticmethod
-    def leave(x: Tensor, c: Any, num_tokens: int) -> tuple[Tensor, Any]:
+    def leave(x: Tensor, c: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
         """What leaves the last block, and c -> the image's tokens, which stand first, and the final layer's c."""
         return x[:, :num_tokens], c
 

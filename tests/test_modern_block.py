@@ -11,10 +11,19 @@ from dit import DiT
 from dit_block import DiTBlock
 from support.checkpoint import BLOCKS
 from support.errors import UserError
-from support.machine import compile_network
 from variants.modern_block import ModernBlock, SwiGLU, turned
 
-BATCH = torch.randn(2, 1, 28, 28), torch.tensor([5, 900]), torch.tensor([3, 10])
+NOISE = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+BATCH = NOISE, torch.tensor([5, 900]), torch.tensor([3, 10])
+
+
+def modern_dit(**sizes) -> DiT:
+    """A random DiT of modern blocks whose attention looks somewhere: with small weights in its norms it would not."""
+    model = random_dit(block="modern", **sizes)
+    for block in model.blocks:
+        for norm in (block.attn.norm_q, block.attn.norm_k):
+            norm.weight.data += 1
+    return model
 
 
 def their_turned(x: torch.Tensor, side: int) -> torch.Tensor:
@@ -56,7 +65,7 @@ def test_the_gated_mlp_equals_diffusers():
 
 def test_the_block_is_adaln_zero_of_these_parts():
     """Its forward pass, written out with PyTorch's norm and diffusers' rotary embedding."""
-    block = random_dit(block="modern", depth=1).blocks[0]
+    block = modern_dit(depth=1).blocks[0]
     x, c = torch.randn(2, 9, 32), torch.randn(2, 32)
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = block.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=2)
     norm, norms = nn.RMSNorm(32, eps=1e-6), [nn.RMSNorm(16, eps=1e-6), nn.RMSNorm(16, eps=1e-6)]
@@ -80,7 +89,7 @@ def test_norms_divide_by_the_root_mean_square_in_each_head():
 
 def test_places_turn_and_are_not_added():
     """The model has no position embedding, and yet knows where a patch is."""
-    model = random_dit(block="modern")
+    model = modern_dit()
     assert not hasattr(model, "pos_embed") and "pos_embed" not in model.state_dict()
     x, t, y = BATCH
     swapped = x.clone()
@@ -97,12 +106,12 @@ def test_it_has_the_parameters_of_adaln_zero(hidden_size):
 
 
 def test_heads_that_cannot_turn_are_refused():
-    with pytest.raises(UserError, match=r"multiple of 4, .*; hidden_size 36 / num_heads 6 is 6"):
+    with pytest.raises(UserError, match="hidden_size 36 / num_heads 6 is 6; try hidden_size 48"):
         DiT(hidden_size=36, num_heads=6, block=BLOCKS["modern"])
 
 
 def test_activation_checkpointing_changes_no_gradient():
-    plain, saving = (random_dit(block="modern", activation_checkpointing=on) for on in (False, True))
+    plain, saving = (modern_dit(activation_checkpointing=on) for on in (False, True))
     for model in (plain, saving):
         model(*BATCH).square().mean().backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), saving.parameters()))
@@ -110,7 +119,7 @@ def test_activation_checkpointing_changes_no_gradient():
 
 def test_in_bf16_it_computes_nearly_the_same_and_says_nothing():
     """By autocast, and with weights of bf16."""
-    model, (x, t, y) = random_dit(block="modern"), BATCH
+    model, (x, t, y) = modern_dit(), BATCH
     expected = model(x, t, y)
     with warnings.catch_warnings(action="error"):
         with torch.autocast("cpu", torch.bfloat16):
@@ -120,10 +129,9 @@ def test_in_bf16_it_computes_nearly_the_same_and_says_nothing():
         assert out.dtype == torch.bfloat16 and 0 < relative_error(out.float(), expected) < 0.02
 
 
-def test_it_compiles_to_the_same_function():
-    model = random_dit(block="modern", depth=1)
-    expected = model(*BATCH)
-    compiled = compile_network(model, lambda network: network(*BATCH).square().mean())
-    if compiled is model:
-        pytest.skip("torch.compile finds no working compiler on this machine")
-    assert relative_error(compiled(*BATCH), expected) < 1e-5
+def test_the_compiler_makes_one_graph_of_a_model():
+    """Traced with its backward pass, without a break; code is not generated, which takes a minute."""
+    model = modern_dit()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(*BATCH).square().mean().backward()
+    assert relative_error(compiled(*BATCH), model(*BATCH)) < 1e-5

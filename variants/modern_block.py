@@ -47,9 +47,10 @@ class RotaryAttention(Attention):
         super().__init__(hidden_size, num_heads)
         width = hidden_size // num_heads
         if width % 4:
+            near = 4 * num_heads * max(1, round(width / 4))
             raise UserError(
-                f"block modern needs heads as wide as a multiple of 4, to turn pairs of features by row and by column; "
-                f"hidden_size {hidden_size} / num_heads {num_heads} is {width}"
+                f"block modern turns a head's features in fours; hidden_size {hidden_size} / num_heads {num_heads} is "
+                f"{width}; try hidden_size {near}"
             )
         self.norm_q, self.norm_k = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
 
