@@ -126,7 +126,7 @@ NAMES = ["T-shirt/top", "M" * 50, "it is $\\foo$", "\u82b1\u306e\u5199\u771f", "
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("rows, columns", [(1, 2), (1, 13), (2, 2), (2, 8), (6, 13), (6, 3)])
+@pytest.mark.parametrize("rows, columns", [(1, 2), (1, 13), (2, 2), (2, 8), (3, 13), (6, 13), (6, 3)])
 def test_names_stand_whole_at_the_left_of_a_strip_whatever_is_in_them(rows, columns, figures, tmp_path):
     save_strip({i: torch.zeros(rows, 1, 8, 8) for i in range(columns)}, NAMES[:rows], tmp_path / "strip.png")
     (axes,) = figures[0][0].axes
