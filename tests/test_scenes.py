@@ -276,6 +276,7 @@ PICTURES, THEIRS = torch.zeros(3, 1, 4, 4).byte(), torch.tensor([[1, 2, 0], [3, 
 def test_a_loader_may_give_captions_and_need_not_use_every_word():
     images, captions, words = check_loaded((PICTURES, THEIRS.int(), ["-", "a", "b", "c", "d"]), "own", train=True)
     assert torch.equal(captions, THEIRS) and captions.dtype == torch.int64 and words == ["-", "a", "b", "c", "d"]
+    assert dataset.Dataset("own", images, captions, (4, 4), tuple(words)).num_classes == 5
 
 
 @pytest.mark.parametrize(
