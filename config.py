@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent  # default paths start here, wherever a command is 
 PREDICTIONS = {"diffusion": ("noise", "x0", "v"), "flow_matching": ("x0", "v")}
 SAMPLERS = {"diffusion": ("ddpm", "ddim", "dpm++"), "flow_matching": ("euler", "heun")}
 OPTIONS = {"diffusion": ("schedule", "loss", "learn_sigma", "clip_x0", "eta"), "flow_matching": ()}
-BLOCKS = ("in-context", "cross-attention", "adaLN", "adaLN-Zero")
+BLOCKS = ("in-context", "cross-attention", "adaLN", "adaLN-Zero", "modern", "joint-attention")
 # The fields that say how to sample: flags of inference.py and evaluate.py too.
 SAMPLING = ("sampler", "sample_steps", "cfg_scale", "cfg_low", "cfg_high", "eta")
 
@@ -47,6 +47,8 @@ PRESETS = {
     "fashion": TEXTURED | dict(patch_size=7, hidden_size=128, train_steps=9000),  # in twenty minutes
     # One's own pictures, in an hour on one core; the patch follows from their size.
     "pictures": TEXTURED | dict(patch_size=None, hidden_size=256, train_steps=4500),
+    # Captions instead of labels: scenes of two digits, in twenty minutes.
+    "words": dict(dataset="scenes", block="joint-attention", patch_size=4, hidden_size=128, depth=4, train_steps=6000),
     "classic": ORIGINAL  # the recipe of a well-known teaching repository, in this one's model and loop, cut short
     | dict(patch_size=4, hidden_size=64, depth=3, loss="l1", learning_rate=1e-3, batch_size=300, train_steps=2000)
     | dict(sample_steps=1000, cfg_scale=1.0),
@@ -57,6 +59,7 @@ PAPER |= dict(learning_rate=1e-4, batch_size=256, ema_decay=0.9999, train_steps=
 PRESETS |= {name: PAPER | sizes for name, sizes in PAPER_MODELS.items()}
 # The preset of a dataset where none is named; for others it is pictures.
 PRESET_OF = {"auto": "digits", "mnist": "digits", "glyphs": "digits", "fashion": "fashion", "kmnist": "fashion"}
+PRESET_OF |= {"scenes": "words"}
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,16 @@ class Config:
 
     image_size: int | None = option(None, "pixels a side, else the data's", int, group="network", least=1, most=2**14)
     in_channels: int = option(1, "channels of an image; comes from the dataset", int, least=1, most=2**14)
-    num_classes: int = option(10, "number of labels; comes from the dataset", int, least=1, most=10**7)
+    num_classes: int = option(10, "number of labels, or words; comes from the dataset", int, least=1, most=10**7)
     class_names: tuple | None = option(None, "their names; come from the dataset", tuple)
+    caption_length: int | None = option(None, "y is captions of at most so many words", int, least=1, most=1000)
+    captions: tuple | None = option(None, "some of them, shown where none are asked for; of the dataset", tuple)
     latents: bool = option(False, "images are an autoencoder's latents; comes with vae", bool)
     patch_size: int | None = option(14, "a token is a square of this many pixels", int, least=1, most=2**14)
     hidden_size: int = option(192, "width of a token", int, least=4, most=2**16)
     depth: int = option(6, "number of transformer blocks", int, least=1, most=1000)
     num_heads: int = option(4, "attention heads of a block", int, least=1, most=2**14)
-    block: str = option("adaLN-Zero", "how t and y enter the blocks (the paper's Figure 3)", choices=BLOCKS)
+    block: str = option("adaLN-Zero", "how t and y enter (Figure 3), or a later design", choices=BLOCKS)
 
     process: str = option("diffusion", "how noise and data are joined", choices=tuple(SAMPLERS), group="process")
     prediction: str = option("x0", "what the network predicts", choices=PREDICTIONS["diffusion"])
@@ -132,6 +137,8 @@ class Config:
         names = self.class_names
         if names is not None and not (len(names) == self.num_classes and all(isinstance(name, str) for name in names)):
             raise UserError(f"class_names {names!r} are not a name for each of {self.num_classes} classes")
+        if self.caption_length and not (names and all(isinstance(text, str) for text in self.captions or ())):
+            raise UserError(f"caption_length {self.caption_length} needs class_names, the words, and captions of them")
         if self.cfg_low >= self.cfg_high:
             raise UserError(f"cfg_low is {self.cfg_low}; it must be less than cfg_high, {self.cfg_high}")
         if self.hidden_size % 4 or self.hidden_size % self.num_heads:

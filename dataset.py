@@ -16,16 +16,19 @@ from loaders.check import check_loaded, padded
 from loaders.glyphs import load_glyphs
 from loaders.latents import draw_latents
 from loaders.mnist import load_fashion, load_kmnist, load_mnist
+from loaders.scenes import load_scenes
 from loaders.sources import full_name, load_packed
 from support.errors import NotAvailable, UserError
 from support.machine import free_memory
 
 DATASETS = {"mnist": load_mnist, "fashion": load_fashion, "kmnist": load_kmnist, "glyphs": load_glyphs}
+DATASETS |= {"scenes": load_scenes}
 
 
 class Dataset(NamedTuple):
     """Images (N, C, H, W) uint8, which are squares, labels (N,); `size` is their height and width before padding.
 
+    In place of labels there may be captions (N, L): numbers of words, which class_names are then; 0 is padding.
     Of an autoencoder's latents: `images` are means and deviations, see loaders/latents.py.
     """
 
@@ -39,8 +42,13 @@ class Dataset(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, of a training part: a test part may lack the last ones."""
-        return int(self.labels.max()) + 1
+        """How many classes, or words, there are, of a training part: a test part may lack the last ones."""
+        return int(self.labels.max()) + 1 if self.labels.ndim == 1 else len(self.class_names)
+
+    @property
+    def caption_length(self) -> int | None:
+        """L, where the labels are captions (N, L): numbers of words, whose names are class_names."""
+        return self.labels.shape[1] if self.labels.ndim == 2 else None
 
     @property
     def channels(self) -> int:
@@ -100,6 +108,8 @@ def load_dataset(
             print(f"\n*** {error}\n*** Going on with --dataset glyphs: digits drawn from fonts.\n", file=sys.stderr)
             name = "glyphs"
     name, about = full_name(name, ("auto", *DATASETS)), None
+    if name == "scenes" and image_size and image_size % 2:
+        raise UserError(f"image_size {image_size} is not even, as that of scenes must be; try {image_size + 1}")
     if name in DATASETS:
         loaded = DATASETS[name](data_dir, train)
     else:

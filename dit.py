@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dit_block import DiTBlock, FinalLayer
+from dit_block import Block, DiTBlock, FinalLayer
 from time_emb import TimestepEmbedder
 
 
@@ -77,9 +77,10 @@ class DiT(nn.Module):
         num_heads: attention heads of a block.
         num_classes: labels are 0 ... num_classes - 1; num_classes itself is the null class.
         learn_sigma: predict a variance beside each value: 2C channels come out.
-        block: the class of the blocks, which also decides how t and y enter (see dit_block.DiTBlock).
+        block: the class of the blocks, which also decides how t and y enter (see dit_block.Block).
         activation_checkpointing: keep only the blocks' inputs for the backward pass, and compute the rest again there:
             far less memory, a third more work (Chen et al., 2016).
+        y_embedder: what embeds y, where it is not labels: a module with an embedding_table, num_classes its null row.
 
     Raises:
         ValueError: if the sizes do not divide as said above, naming both.
@@ -95,8 +96,9 @@ class DiT(nn.Module):
         num_heads: int = 4,
         num_classes: int = 10,
         learn_sigma: bool = False,
-        block: type[nn.Module] = DiTBlock,
+        block: type[Block] = DiTBlock,
         activation_checkpointing: bool = False,
+        y_embedder: nn.Module | None = None,
     ):
         super().__init__()
         if image_size % patch_size:
@@ -104,15 +106,17 @@ class DiT(nn.Module):
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads} and by 4")
         self.image_size, self.patch_size, self.in_channels = image_size, patch_size, in_channels
+        self.num_tokens = (image_size // patch_size) ** 2
         self.num_classes, self.block, self.activation_checkpointing = num_classes, block, activation_checkpointing
         out_channels = 2 * in_channels if learn_sigma else in_channels
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        pos_embed = sincos_pos_embed(hidden_size, image_size // patch_size)
-        self.pos_embed = nn.Parameter(pos_embed, requires_grad=False)
-        self.blocks = nn.ModuleList(block(hidden_size, num_heads) for _ in range(depth))
+        self.y_embedder = y_embedder or LabelEmbedder(num_classes, hidden_size)
+        if block.adds_pos_embed:
+            pos_embed = sincos_pos_embed(hidden_size, image_size // patch_size)
+            self.pos_embed = nn.Parameter(pos_embed, requires_grad=False)
+        self.blocks = nn.ModuleList(block.stack(depth, hidden_size, num_heads))
         self.final_layer = FinalLayer(hidden_size, patch_size, out_channels, block.modulates_final_layer)
         self.initialize_weights()
 
@@ -134,12 +138,13 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x (B, C, H, W), t (B,) int or float in [0, 1000), y (B,) int64 -> (B, C, H, W); 2C with learn_sigma."""
-        tokens = self.x_embedder(x) + self.pos_embed  # (B, N, D)
-        num_tokens = tokens.shape[1]
-        tokens, c = self.block.enter(tokens, self.t_embedder(t), self.y_embedder(y))  # c: (B, D)
+        tokens = self.x_embedder(x)  # (B, N, D)
+        if self.block.adds_pos_embed:
+            tokens = tokens + self.pos_embed
+        tokens, c = self.block.enter(tokens, self.t_embedder(t), self.y_embedder(y))
         for block in self.blocks:
             if self.activation_checkpointing:
                 tokens = checkpoint(block, tokens, c, use_reentrant=False)
             else:
                 tokens = block(tokens, c)
-        return unpatchify(self.final_layer(self.block.leave(tokens, num_tokens), c), self.patch_size)
+        return unpatchify(self.final_layer(*self.block.leave(tokens, c, self.num_tokens)), self.patch_size)

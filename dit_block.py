@@ -20,15 +20,20 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V in each head: Q (B, N, D), K and V (B, M, D) -> (B, N, D) (Vaswani et al., 2017)."""
+def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V in each head: Q (B, N, D), K and V (B, M, D) -> (B, N, D) (Vaswani et al., 2017).
+
+    mask (B, M) is True where a key may be seen; no mask hides none.
+    """
+    mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, M): the same for all heads and queries
     Q, K, V = (part.unflatten(2, (num_heads, -1)).transpose(1, 2) for part in (query, key, value))  # (B, heads, N, d)
     if Q.device.type == "cpu" and (Q.dtype == torch.bfloat16 or Q.shape[2] <= 16):
         # Plain matrix products beat the CPU's fused kernel in bf16, by far, and for a few tokens in compiled code.
-        weights = (Q * Q.shape[-1] ** -0.5 @ K.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, N, M)
-        x = weights @ V
+        scores = Q * Q.shape[-1] ** -0.5 @ K.transpose(-2, -1)  # (B, heads, N, M)
+        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        x = scores.softmax(dim=-1) @ V
     else:
-        x = F.scaled_dot_product_attention(Q, K, V)
+        x = F.scaled_dot_product_attention(Q, K, V, mask)
     return x.transpose(1, 2).flatten(2)
 
 
@@ -41,8 +46,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(attend(*self.qkv(x).chunk(3, dim=2), self.num_heads))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.proj(attend(*self.qkv(x).chunk(3, dim=2), self.num_heads, mask))
 
 
 class Mlp(nn.Module):
@@ -63,15 +68,41 @@ def layer_norm(hidden_size: int) -> nn.LayerNorm:
     return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
 
 
-class DiTBlock(nn.Module):
-    """One adaLN-Zero block: x (B, N, D), c (B, D) -> (B, N, D).
+class Block(nn.Module):
+    """What `DiT` asks of the class of its blocks, beyond the blocks themselves, and the usual answers.
 
-    What a design decides beyond its blocks is said here too, for `DiT` to ask: how t and y enter (`enter`), what leaves
-    the last block (`leave`), whether c modulates the final layer, and which layers of a model start at zero (`zeroed`).
+    A block is x (B, N, D), c -> (B, N, D), where c is whatever the design's `enter` makes of t and y.
     """
 
-    num_vectors = 6  # that c becomes
+    adds_pos_embed = True  # to the tokens; else the blocks know of places by themselves
+    reads_words = False  # whether y_emb has a caption's words (variants/captions.py), or is one vector as a label's
     modulates_final_layer = True
+
+    @classmethod
+    def stack(cls, depth: int, hidden_size: int, num_heads: int) -> list["Block"]:
+        """The blocks of a model, first to last."""
+        return [cls(hidden_size, num_heads) for _ in range(depth)]
+
+    @staticmethod
+    def enter(x: Tensor, t_emb: Tensor, y_emb: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, D), embedded t and y (B, D) -> the tokens and the conditioning c of the blocks."""
+        return x, t_emb + y_emb
+
+    @staticmethod
+    def leave(x: Tensor, c: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """What leaves the last block, and c -> the image's tokens, which stand first, and the final layer's c."""
+        return x[:, :num_tokens], c
+
+    @staticmethod
+    def zeroed(model: nn.Module) -> list[nn.Linear]:
+        """The layers of a DiT of these blocks that start at zero, besides its last."""
+        return []
+
+
+class DiTBlock(Block):
+    """One adaLN-Zero block: x (B, N, D), c (B, D) -> (B, N, D)."""
+
+    num_vectors = 6  # that c becomes
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -88,18 +119,8 @@ class DiTBlock(nn.Module):
         return x
 
     @staticmethod
-    def enter(x: Tensor, t_emb: Tensor, y_emb: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, N, D), embedded t and y (B, D) -> the tokens and the conditioning c of the blocks."""
-        return x, t_emb + y_emb
-
-    @staticmethod
-    def leave(x: Tensor, num_tokens: int) -> Tensor:
-        """What leaves the last block -> the image's tokens (B, num_tokens, D)."""
-        return x
-
-    @staticmethod
     def zeroed(model: nn.Module) -> list[nn.Linear]:
-        """The layers of a DiT of these blocks that start at zero, besides its last: all that makes gates."""
+        """All that makes gates."""
         return [part.adaLN_modulation[1] for part in (*model.blocks, model.final_layer)]
 
 

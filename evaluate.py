@@ -16,6 +16,9 @@ what a perfect model would get. All three sets are equally large, because FD fal
 more than 64 pixels a side are reduced to that. Without classes there is no accuracy and no IS; with fewer than 50 test
 images only the nearest distance is told.
 
+Of scenes it counts, instead, how many obey their captions: the test part's, in turn, whose images are the real column
+(support/scene_judge.py). Seen are pairs of digits that are in the training part too.
+
 With --fid it prints, instead, the figure of papers: Frechet distance to all training images, by an Inception network.
 With --bits-per-dim N it prints, instead, how well a diffusion predicts N test images: its variational bound.
 """
@@ -41,6 +44,7 @@ from dataset import DATASETS, Dataset, denormalize, load_dataset, normalize
 from diffusion import Diffusion
 from dit import DiT
 from inference import draw_images
+from loaders.scenes import scenes_of
 from support.autoencoder import decode, load_vae
 from support.checkpoint import build_process, load_model
 from support.classifier import HELD_OUT, Classifier, judge_of, mixed_order, quarter_turns, split_training
@@ -59,6 +63,7 @@ from support.metrics import (
 )
 from support.published import PUBLISHED
 from support.sampling import describe_sampling, network_evaluations
+from support.scene_judge import obedience, scene_judge_of
 from variants.learned_variance import bits_per_dim
 
 LEAST = 50  # images to compare: with fewer, distances between features say nothing
@@ -141,6 +146,21 @@ def scale_by_judge(train: Dataset, test: Dataset, count: int, data_dir: Path) ->
     return Scale(lambda images, labels: measure(images, labels, reference), real, compared)
 
 
+def scale_by_captions(train: Dataset, test: Dataset, count: int, data_dir: Path) -> Scale:
+    """The shares of scenes that obey their captions; of real ones, of the first `count` test scenes."""
+    judge = scene_judge_of(data_dir, crop(train.images, train.size), train.labels)
+
+    def measure_scenes(images: Tensor, captions: Tensor | None) -> dict[str, float]:
+        return {} if captions is None else obedience(scenes_of(captions), judge.read(images))
+
+    unseen = mixed_order(test.labels)[:count]
+    real = measure_scenes(crop(test.images, test.size)[unseen], test.labels[unseen])
+    told = f"sees both digits and their relation in {real['digits and relation, seen']:.1%} of {count} test scenes"
+    if real["digits and relation, seen"] < 0.8:
+        warn(f"the judge {told}: with less than 80% its figures mean little")
+    return Scale(measure_scenes, real, f"judged by what is to be seen in them; the judge {told}")
+
+
 def scale_by_inception(train: Dataset, test: Dataset, count: int, weights: str | None, device: torch.device) -> Scale:
     """FID between all training images and others; for the real column `count` test images, or all of them."""
     fid = inception_distance(weights, device if device.type == "cuda" else torch.device("cpu"))  # mps lacks float64
@@ -169,7 +189,8 @@ def timed_draw(model: DiT, config: Config, y: Tensor, seed: int, vae: nn.Module 
 def read_npz(path: str) -> tuple[Tensor, Tensor | None]:
     """Images (N, C, H, W) uint8 and labels (N,) int64, or None, of an .npz as inference.py and the ADM suite write it.
 
-    arr_0 is uint8 (N, H, W, C), or (N, H, W) where all is grey; arr_1, which may be missing, whole numbers of any type.
+    arr_0 is uint8 (N, H, W, C), or (N, H, W) where all is grey; arr_1, which may be missing, whole numbers of any type,
+    labels (N,) or captions (N, L).
 
     Raises:
         UserError: for any other file.
@@ -183,12 +204,13 @@ def read_npz(path: str) -> tuple[Tensor, Tensor | None]:
         if is_memory_error(error):
             raise
         raise UserError(f"{path} is not an .npz of images (arr_0) and labels (arr_1): {error!r}") from error
-    whole = labels is None or (labels.dtype.kind in "iu" and labels.shape == images.shape[:1])
+    whole = labels is None or (labels.dtype.kind in "iu" and labels.shape[:1] == images.shape[:1] and labels.ndim <= 2)
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not whole:
         found = f"arr_0 is {images.dtype} {images.shape}" + (
             "" if labels is None else f", arr_1 {labels.dtype} {labels.shape}"
         )
-        raise UserError(f"{path}: {found}; they must be uint8 (N, H, W, C) or (N, H, W), and whole numbers (N,)")
+        wanted = "uint8 (N, H, W, C) or (N, H, W), and whole numbers (N,), or (N, L) of captions"
+        raise UserError(f"{path}: {found}; they must be {wanted}")
     images = torch.from_numpy(images if images.ndim == 4 else images[..., None]).permute(0, 3, 1, 2)
     return images, None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
@@ -215,22 +237,32 @@ def crop(images: Tensor, size: tuple[int, int]) -> Tensor:
     return images[:, :, top : top + size[0], left : left + size[1]]
 
 
+def check_kind(caption_length: int | None, data: Dataset, what: str) -> None:
+    """Refuse labels where data has captions, captions where it has labels, and those of another length."""
+    kinds = ["labels" if n is None else f"captions of {n} words" for n in (caption_length, data.caption_length)]
+    if caption_length != data.caption_length:
+        raise UserError(f"{what} {kinds[0]}, and {data.name} has {kinds[1]}; name its --dataset")
+
+
 def check_fit(shape: tuple[int, int, int], labels: Tensor | None, data: Dataset) -> None:
-    """Refuse images of a shape (C, H, W), or labels (N,), that cannot be some of data's."""
+    """Refuse images of a shape (C, H, W), or labels (N,) or captions (N, L), that cannot be some of data's."""
     channels, classes = data.images.shape[1], data.num_classes
     padded = shape[1] == shape[2] >= max(data.size)
     if shape[0] != channels or not (padded or shape[1:] == data.size):
         what = "images of {1} x {2} pixels and {0} channels do not compare with".format(*shape)
         raise UserError(f"{what} {data.name}'s, of {data.size[0]} x {data.size[1]} and {channels}; name --dataset")
+    if labels is not None:
+        check_kind(labels.shape[1] if labels.ndim == 2 else None, data, "arr_1 has")
     if labels is not None and not 0 <= labels.min() <= labels.max() < classes:
         raise UserError(f"labels {labels.min()} to {labels.max()} are not all of {data.name}'s, 0 to {classes - 1}")
 
 
-def check_model(model: DiT, shape: tuple[int, int, int], data: Dataset, path: str) -> None:
+def check_model(config: Config, shape: tuple[int, int, int], data: Dataset, path: str) -> None:
     """Refuse a model that draws other images than data's, of a shape (C, H, W), or other classes."""
     check_fit(shape, None, data)
-    if model.num_classes != data.num_classes:
-        found = f"{path} draws {model.num_classes} classes"
+    check_kind(config.caption_length, data, f"{path} draws")
+    if config.num_classes != data.num_classes:
+        found = f"{path} draws {config.num_classes} classes"
         raise UserError(f"{found}, not {data.name}'s {data.num_classes}; name its --dataset")
 
 
@@ -288,7 +320,7 @@ def report_bits(given: dict, data_dir: Path) -> dict:
     if config.latents:
         raise UserError(f"--bits-per-dim is a bound for pixels; {checkpoint} is a model of latents")
     train, test = load_both(name, data_dir, model.image_size, skip_damaged)
-    check_model(model, (model.in_channels, model.image_size, model.image_size), train, checkpoint)
+    check_model(config, (model.in_channels, model.image_size, model.image_size), train, checkpoint)
     check_limits("bits_per_dim", count, most=len(test.labels))  # as many as there are test images
     generator = torch.Generator(device).manual_seed(seed)
     bits = []
@@ -307,12 +339,13 @@ def report_bits(given: dict, data_dir: Path) -> dict:
 def print_table(report: dict) -> None:
     """The figures of all seeds beside those of real images."""
     print(f"\n{report['images']} images of {shown(report['dataset'])}, {report['settings']}\n{report['compared']}\n")
-    print(f"{'':12}{'generated':>12}{'+-':>10}{'real':>12}")
+    wide = max(12, *map(len, report["real"]))
+    print(f"{'':{wide}}{'generated':>12}{'+-':>10}{'real':>12}")
     for name, real in report["real"].items():
         values = [figures[name] for figures in report["generated"] if name in figures]
         mean = f"{statistics.mean(values):.4f}" if values else "?"
         spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        print(f"{name:12}{mean:>12}{spread:>10}{real:12.4f}")
+        print(f"{name:{wide}}{mean:>12}{spread:>10}{real:12.4f}")
     if "FD ratio" in report:
         print(f"{'FD ratio':12}{report['FD ratio']:12.2f}")
 
@@ -383,10 +416,12 @@ def main(argv: list[str] | None = None) -> None:
         check_fit(shape, labels, train)
     else:
         grey = vae is not None and train.images.shape[1] == 1  # what a VAE draws has always three channels
-        check_model(model, (1, *shape[1:]) if grey else shape, train, checkpoint)
+        check_model(config, (1, *shape[1:]) if grey else shape, train, checkpoint)
     num_samples = check_number(num_samples, train, test, fid)
     if fid:
         scale, asked = scale_by_inception(train, test, num_samples, inception, device), train.labels
+    elif train.labels.ndim == 2:
+        scale, asked = scale_by_captions(train, test, num_samples, data_dir), test.labels
     elif most_compared(train, test) < LEAST:
         scale, asked = scale_by_pixels(train, test), test.labels
     else:
@@ -397,7 +432,8 @@ def main(argv: list[str] | None = None) -> None:
         report["settings"] = f"from {npz}"
         report["generated"] = [scale.measure(crop(images, train.size), labels)]
     else:
-        y, speeds = asked[mixed_order(asked)].repeat(math.ceil(num_samples / len(asked)))[:num_samples], []
+        turns = mixed_order(asked).repeat(math.ceil(num_samples / len(asked)))[:num_samples]
+        y, speeds = asked[turns], []
         report["generated"] = []
         for seed in range(config.seed, config.seed + seeds):
             images, speed = timed_draw(model, config, y.to(device), seed, vae)

@@ -1,8 +1,8 @@
 """Sample from a trained DiT: `python inference.py` turns noise into digits, and draws the way there.
 
-One generator, `denoise`, feeds everything: the strip (a row per label, noise at the left, digit at the right), the
-animation (--gif), a grid (--num-samples) and arrays for evaluation (--num-samples with --npz). Models of latents, such
-as the paper's own, need a VAE that decodes them (--vae).
+One generator, `denoise`, feeds everything: the strip (a row per label or caption, noise at the left, image at the
+right), the animation (--gif), a grid (--num-samples) and arrays for evaluation (--num-samples with --npz). Models of
+latents, such as the paper's own, need a VAE that decodes them (--vae).
 """
 
 from support.start import start_quietly
@@ -10,7 +10,6 @@ from support.start import start_quietly
 if __name__ == "__main__":
     start_quietly()  # before all else is imported
 
-import math
 import time
 from collections.abc import Iterator
 
@@ -22,8 +21,8 @@ from config import ROOT, SAMPLING, Config
 from dataset import denormalize
 from dit import DiT
 from support.autoencoder import decode, load_vae
-from support.checkpoint import build_process, class_names_of, load_model
-from support.command_line import Parser, Progress, counted, parse_labels, run_script, shown
+from support.checkpoint import asked_for, build_process, load_model
+from support.command_line import Parser, Progress, counted, run_script, shown
 from support.errors import UserError
 from support.files import check_new_folder, check_path, writing
 from support.machine import check_memory, choose_device
@@ -35,18 +34,18 @@ BATCH_SIZE, MOST_TOKENS = 500, 50_000  # of what is drawn at a time; part of wha
 
 
 def denoise(model: DiT, config: Config, y: Tensor, generator: Generator) -> Iterator[Tensor]:
-    """x_T, ..., x_0 for the labels y (B,), each (B, C, H, W), drawn as the config's sampling fields say."""
+    """x_T, ..., x_0 for labels (B,) or captions (B, L), each (B, C, H, W), drawn as the config's fields say."""
     size = model.image_size
     noise = torch.randn(len(y), model.in_channels, size, size, device=y.device, generator=generator)
     return build_process(config).sample(model, noise, y, generator=generator, **sampling_settings(config))
 
 
 def draw_images(model: DiT, config: Config, y: Tensor, generator: Generator) -> Tensor:
-    """Images (N, C, H, W) in [-1, 1] for the labels y (N,), some at a time.
+    """Images (N, C, H, W) in [-1, 1] for labels (N,) or captions (N, L), some at a time.
 
     Which noise an image starts from, and which a step of ddpm adds, depends on the images drawn together with it.
     """
-    parts, images = y.split(max(1, min(BATCH_SIZE, MOST_TOKENS // model.pos_embed.shape[1]))), []
+    parts, images = y.split(max(1, min(BATCH_SIZE, MOST_TOKENS // model.num_tokens))), []
     with Progress(len(parts) * (config.sample_steps + 1), "sampling") as bar:
         for part in parts:
             for x in denoise(model, config, part, generator):
@@ -60,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     basics = parser.group("basics")
     basics.add_argument("--checkpoint", metavar="FILE", help="weights (default: the repository's model.pth)")
     basics.add_argument("--labels", metavar="LABELS", help="0123, or with commas 207,360 or cat,dog (default: all)")
+    basics.add_argument("--prompt", action="append", metavar="TEXT", help="a caption to draw; repeat it for more")
     basics.add_argument("--output", metavar="FILE", help="the picture (default: the repository's inference.png)")
     basics.add_argument("--gif", metavar="FILE", help="an animation of the way from noise to image")
     parser.add_number("--num-samples", "a grid of so many, the labels in turn, not the way there", "basics", most=10**8)
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.group("network").add_argument("--published", choices=PUBLISHED, help="whose weights, if a file cannot tell")
     given = vars(parser.parse_args(argv))
     output, gif, npz, png_dir = (given.pop(name, None) for name in ("output", "gif", "npz", "png_dir"))
-    text, folder, num_samples = (given.pop(name, None) for name in ("labels", "vae", "num_samples"))
+    text, prompts, folder, num_samples = (given.pop(name, None) for name in ("labels", "prompt", "vae", "num_samples"))
     for flag, path in (("--npz", npz), ("--png-dir", png_dir)):
         if path and num_samples is None:
             raise UserError(f"{flag} needs --num-samples, how many to draw")
@@ -90,15 +90,16 @@ def main(argv: list[str] | None = None) -> None:
     model, config = load_model(given.pop("checkpoint", ROOT / "model.pth"), device, given.pop("published", None))
     vae = load_vae(folder, config, device)
     config = config.replace(**given)
-    names = class_names_of(config)
-    labels = list(range(len(names))) if text is None else parse_labels(text, len(names), config.class_names)
-    if num_samples is None and text is None:
-        labels = labels[:10]
-    if num_samples is None and len(labels) > 100:
-        raise UserError(f"{len(labels)} labels are too many for one picture; draw them with --num-samples")
-    count = num_samples or len(labels)
+    asked, names = asked_for(config, text, prompts)
+    if num_samples is None and text is None and prompts is None:
+        asked = asked[:10]
+    if num_samples is None and len(asked) > 100:
+        raise UserError(f"{len(asked)} rows are too many for one picture; draw them with --num-samples")
+    count = num_samples or len(asked)
     check_memory(8 * count * config.in_channels * config.image_size**2, f"{count:,} images", "draw fewer", device)
-    y = torch.tensor(labels, device=device).repeat(math.ceil(count / len(labels)))[:count]
+    turn = [i % len(asked) for i in range(count)]
+    y = torch.tensor([asked[i] for i in turn], device=device)
+    names = [names[i] for i in turn]
     generator = Generator(device).manual_seed(config.seed)
 
     start = time.perf_counter()
@@ -115,14 +116,13 @@ def main(argv: list[str] | None = None) -> None:
         with writing(npz) as file:
             np.savez(file, denormalize(images).permute(0, 2, 3, 1).cpu().numpy(), y.cpu().numpy())
     if png_dir:
-        save_png_dir(images, y.tolist(), png_dir, config.class_names)
+        save_png_dir(images, names, png_dir)
     if gif:
         save_gif([frames[i] for i in film], gif)
-    shown_as = [names[label] for label in y.tolist()]
     if output and num_samples:
-        save_png(images, output, columns=round(num_samples**0.5), labels=config.class_names and shown_as)
+        save_png(images, output, columns=round(num_samples**0.5), labels=config.class_names and names)
     elif output:
-        save_strip({i: frames[i] for i in columns}, shown_as, output)
+        save_strip({i: frames[i] for i in columns}, names, output)
     print(f"{count} images by {describe_sampling(config)} an image, {seconds:.1f} s on {device}")
     print("written: " + ", ".join(shown(path) for path in (output, gif, npz, png_dir) if path))
 

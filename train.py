@@ -30,7 +30,7 @@ from diffusion import Diffusion
 from inference import denoise
 from support import distributed
 from support.autoencoder import decode
-from support.checkpoint import build_model, build_process, check_size, start_from
+from support.checkpoint import asked_for, build_model, build_process, check_size, start_from
 from support.command_line import Parser, command, run_script
 from support.files import locked
 from support.machine import Ahead, choose_device, compile_network, deferred_signals, sum_in_order
@@ -40,7 +40,8 @@ from support.run_log import RunLog, print_summary
 from support.run_state import refuse_trained, restarted, restore_run, resumed, save_run
 from variants.muon import muon_for
 
-OF_THE_DATA = ("in_channels", "num_classes", "class_names", "latents")  # fields that are no flags
+# Fields that are no flags.
+OF_THE_DATA = ("in_channels", "num_classes", "class_names", "caption_length", "captions", "latents")
 
 
 def learning_rate_at(step: int, config: Config) -> float:
@@ -75,11 +76,11 @@ def build_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optim
 def draw_batch(
     data: Dataset, process: Diffusion, config: Config, step: int, device: torch.device | str = "cpu", part=slice(None)
 ) -> list[tuple[Tensor, ...]]:
-    """A step's batch in accumulation_steps parts: x0 (B, C, H, W), y (B,), t (B,), noise (B, C, H, W).
+    """A step's batch in accumulation_steps parts: x0 (B, C, H, W), y (B,) or (B, L), t (B,), noise (B, C, H, W).
 
-    x0 is in [-1, 1], or a latent. All of it follows from (seed, step). Some of the labels are dropped, for guidance:
-    the null class stands in their place. With flip, half of the images are mirrored. Each of several processes draws
-    all this, and keeps its `part`.
+    x0 is in [-1, 1], or a latent. All of it follows from (seed, step). Some labels, or captions, are dropped, for
+    guidance: the null class stands in their place. With flip, half of the images are mirrored. Each of several
+    processes draws all this, and keeps its `part`.
     """
     generator = torch.Generator(device).manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)  # seeds start far apart
     shape = (config.batch_size,)
@@ -89,20 +90,23 @@ def draw_batch(
     x0, y = data.draw(index, mirrored, generator, part)
     with record_function("noise"):
         t, noise = process.draw_noise(x0[:1].expand(*shape, -1, -1, -1), generator)  # for a batch of this shape
-    batch = (x0, y.masked_fill(dropped[part], config.num_classes), t[part], noise[part])
+    dropped = dropped[part].view(-1, *[1] * (y.ndim - 1))  # a caption as a whole
+    batch = (x0, y.masked_fill(dropped, config.num_classes), t[part], noise[part])
     return list(zip(*(tensor.chunk(config.accumulation_steps) for tensor in batch)))
 
 
 def save_samples(step: int, ema: nn.Module, config: Config, vae: nn.Module | None, device: torch.device) -> Path | None:
-    """A grid of samples, a row for each of at most ten labels, the same noise every time: only learning changes it."""
+    """A grid of samples, a row for each of at most ten y, the same noise every time: only learning changes it."""
     if not (distributed.first() or config.shard):
         return None  # the first process alone has all that it takes
-    some = torch.linspace(0, config.num_classes - 1, min(config.num_classes, 10), device=device)
-    y = some.round().long().repeat_interleave(8)
+    asked, names = asked_for(config)
+    count = min(len(names), 10)
+    some = [round(i * (len(names) - 1) / max(1, count - 1)) for i in range(count) for _ in range(8)]
+    y = torch.tensor([asked[i] for i in some], device=device)
     config = config.replace(sample_steps=min(config.sample_steps, 50))  # a preview
     for x in denoise(ema, config, y, torch.Generator(device).manual_seed(config.seed)):
         pass
-    labels = [config.class_names[label] for label in y] if config.class_names else None
+    labels = [names[i] for i in some] if config.class_names else None
     path = config.run_dir / "samples" / f"step_{step:07d}.png"
     if distributed.first():
         save_png(decode(vae, x), path, columns=8, labels=labels)

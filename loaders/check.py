@@ -15,7 +15,8 @@ def check_loaded(loaded: Any, name: str, train: bool) -> tuple[Tensor, Tensor, l
 
     Images are (N, C, H, W) uint8, not empty; labels are (N,) whole numbers from 0 on. How many classes there are is the
     training labels' to say, so that those leave no number out. Class names need not be given, which is no names: [];
-    or there is a different one for each class.
+    or there is a different one for each class. In place of labels there may be captions (N, L): numbers of words, and
+    then padding, 0; the class names are the words then, and have to be given, for not all need to be used.
 
     Args:
         name: what the loader is of, for the error.
@@ -40,17 +41,22 @@ def check_loaded(loaded: Any, name: str, train: bool) -> tuple[Tensor, Tensor, l
         labels = torch.zeros(len(images), dtype=torch.int64)
     whole = isinstance(labels, Tensor) and torch.can_cast(labels.dtype, torch.int64)
     shape = (len(images),)
-    promise(whole and labels.shape == shape, f"labels must be a tensor {shape} of whole numbers, or None", kind(labels))
+    captions = whole and labels.ndim == 2 and labels.shape[1] > 0 and names not in ([], [[]])
+    fits = whole and (labels[:, 0] if captions else labels).shape == shape
+    promise(fits, f"labels must be a tensor {shape} of whole numbers, or None", kind(labels))
     labels = labels.long()
     there = labels.unique().tolist()
     span = f"{len(there)} different ones from {there[0]} to {there[-1]}"
-    promise(there[0] >= 0 and (not train or there[-1] < len(there)), "labels must be 0, 1, 2, ... without a gap", span)
+    gapless = not train or captions or there[-1] < len(there)
+    promise(there[0] >= 0 and gapless, "labels must be 0, 1, 2, ... without a gap", span)
+    padded_after = not captions or not labels[:, 1:][labels[:, :-1] == 0].any()
+    promise(padded_after, "labels of two dimensions are captions, whose padding, 0, is after their words", kind(labels))
     if not names or names == [[]]:
         return images, labels, []
     (names,) = names
     words = isinstance(names, tuple | list) and all(isinstance(name, str) and name.strip() for name in names)
     promise(words and len(set(names)) == len(names), "class names must be a list of different words", kind(names))
-    enough = len(names) == there[-1] + 1 if train else len(names) > there[-1]
+    enough = len(names) == there[-1] + 1 if train and not captions else len(names) > there[-1]
     promise(enough, f"there must be a class name for each label, 0 to {there[-1]}", f"{len(names)} of them")
     return images, labels, list(names)
 

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from support.errors import DamagedFile, UserError, believing
-from support.files import load_file, save_file, warn
+from loaders.drawn import kept
 
 GLYPH_FONTS = (
     "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono DejaVuSansMono-Bold "
@@ -89,21 +88,6 @@ def load_glyphs(data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
         UserError: if the cached file is damaged, or cannot be read.
     """
     path = Path(data_dir) / "glyphs" / ("train.pth" if train else "test.pth")
-    if path.exists():
-        try:
-            content = load_file(path)
-        except DamagedFile as error:
-            raise UserError(f"{error}; delete it to have the glyphs drawn anew") from error
-        with believing(f"{path} holds no glyphs; delete it to have them drawn anew"):
-            images, labels, *origin = content
-            images, labels = images.view(-1, 1, 28, 28), labels.view(len(images))
-        if origin in ([], [drawn_by()]):  # earlier versions, which drew the same, did not keep it
-            return images, labels
-        warn(f"the glyphs of {path} were drawn by another version, so they are drawn anew")
-    images, labels = draw_glyphs(60_000, seed=0) if train else draw_glyphs(10_000, seed=1)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file([images, labels, drawn_by()], path)
-    except (OSError, UserError) as error:
-        warn(f"the glyphs are drawn anew each time: {error}")
-    return images, labels
+    return kept(
+        path, "glyphs", drawn_by(), (), lambda: draw_glyphs(60_000, seed=0) if train else draw_glyphs(10_000, seed=1)
+    )

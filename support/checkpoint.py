@@ -17,20 +17,27 @@ from config import OPTIONS, SAMPLING, Config
 from diffusion import Diffusion
 from dit import DiT
 from dit_block import DiTBlock
+from support.captions import parse_caption
+from support.command_line import parse_labels
 from support.distributed import processes
 from support.errors import UserError, believing
 from support.files import read_file, warn
 from support.machine import check_memory
 from support.published import DOWNLOADS, read_published, sizes_of, weights_of
+from variants.captions import BagOfWords, TextEmbedder
 from variants.conditioning import AdaLNBlock, CrossAttentionBlock, InContextBlock
 from variants.flow_matching import FlowMatching
+from variants.joint_attention import JointAttentionBlock
 from variants.learned_variance import LearnedVariance
+from variants.modern_block import ModernBlock
 
 BLOCKS = {
     "in-context": InContextBlock,
     "cross-attention": CrossAttentionBlock,
     "adaLN": AdaLNBlock,
     "adaLN-Zero": DiTBlock,
+    "modern": ModernBlock,
+    "joint-attention": JointAttentionBlock,
 }
 PROCESSES = {"diffusion": Diffusion, "flow_matching": FlowMatching}
 # The fields that every version has written, and that no default can stand for.
@@ -40,8 +47,9 @@ OF_EVERY_FILE += ["process", "prediction", "schedule"]
 BEFORE = dict(block="adaLN-Zero", learn_sigma=False, clip_x0=True, time_sampling="uniform", time_mean=0.0)
 BEFORE |= dict(optimizer="adamw", cfg_low=0.0, cfg_high=1.0, accumulation_steps=1, activation_checkpointing=False)
 BEFORE |= dict(flip=False, skip_damaged=False, vae=None, init_from=None, class_names=None, latents=False)
+BEFORE |= dict(caption_length=None, captions=None)
 OF_THE_MACHINE = ("data_dir", "out_dir", "device", "shard", "tensorboard", "profile")
-NETWORK = "image_size in_channels patch_size hidden_size depth num_heads block".split()
+NETWORK = "image_size in_channels patch_size hidden_size depth num_heads block caption_length".split()
 PROCESS = ("process", "prediction", "time_sampling", "time_mean", *SAMPLING[:-1])  # eta is among OPTIONS
 
 
@@ -51,7 +59,17 @@ def model_config(config: Config) -> dict[str, Any]:
 
 
 def build_model(config: Config) -> DiT:
-    """A fresh DiT of a config's sizes; its weights come from torch's global generator."""
+    """A fresh DiT of a config's sizes; its weights come from torch's global generator.
+
+    Raises:
+        UserError: for labels, where the block is one for captions.
+    """
+    block, y_embedder = BLOCKS[config.block], None
+    if config.caption_length:
+        sizes = (config.num_classes, config.caption_length, config.hidden_size)
+        y_embedder = TextEmbedder(*sizes, config.num_heads) if block.reads_words else BagOfWords(*sizes)
+    elif config.block == "joint-attention":
+        raise UserError("block joint-attention is for captions, such as those of --dataset scenes; these are labels")
     return DiT(
         image_size=config.image_size,
         patch_size=config.patch_size,
@@ -61,8 +79,9 @@ def build_model(config: Config) -> DiT:
         num_heads=config.num_heads,
         num_classes=config.num_classes,
         learn_sigma=config.learn_sigma,
-        block=BLOCKS[config.block],
+        block=block,
         activation_checkpointing=config.activation_checkpointing,
+        y_embedder=y_embedder,
     )
 
 
@@ -104,7 +123,7 @@ def check_state(state: dict[str, Tensor], config: Config) -> DiT:
     """An empty model of a config's sizes; UserError unless the state dict fits it, name by name, and is finite."""
     if not isinstance(state, dict):
         raise UserError("its weights are no state dict")
-    for name, value in sizes_of(state).items():
+    for name, value in sizes_of(state, BLOCKS[config.block].adds_pos_embed).items():
         if getattr(config, name) != value:
             raise UserError(f"its weights have {name} {value}, but its config says {getattr(config, name)}")
     model = empty_model(config)
@@ -179,14 +198,35 @@ def settings_of(path: str | Path) -> dict[str, Any]:
     config = load_model(path)[1]
     names = [*NETWORK, *PROCESS, *OPTIONS[config.process]]
     # Latents' size is not that of the images, which the user names; channels are the data's to say.
-    left_out = {"in_channels", "image_size" if config.latents else ""}
+    left_out = {"in_channels", "caption_length", "image_size" if config.latents else ""}
     left_out |= set(SAMPLING) if config.num_classes == 1 else set()
     return {name: getattr(config, name) for name in names if name not in left_out}
 
 
 def class_names_of(config: Config) -> list[str]:
-    """The names of a config's classes; where it has none, their numbers."""
+    """The names of a config's classes, or words; where it has none, their numbers."""
     return list(config.class_names or map(str, range(config.num_classes)))
+
+
+def asked_for(config: Config, labels: str | None = None, prompts: list[str] | None = None) -> tuple[list, list[str]]:
+    """What a model is to draw, by --labels or by --prompt: labels, or captions (lists of words), and a name for each.
+
+    Where neither is given they are all labels, or those captions of its data that the config keeps.
+
+    Raises:
+        UserError: for labels of a model of captions, or the other way round, and for those it does not know.
+    """
+    if config.caption_length:
+        if labels is not None:
+            raise UserError(f"--labels {labels}: this is a model of captions; give --prompt")
+        prompts = prompts or list(config.captions or [""])
+        asked = [parse_caption(prompt, config.class_names, config.caption_length) for prompt in prompts]
+        return asked, [prompt.strip() or "anything" for prompt in prompts]
+    if prompts:
+        raise UserError(f"--prompt {prompts[0]!r}: this is a model of labels, not of captions; give --labels")
+    names = class_names_of(config)
+    asked = list(range(len(names))) if labels is None else parse_labels(labels, len(names), config.class_names)
+    return asked, [names[label] for label in asked]
 
 
 @torch.no_grad()
@@ -218,4 +258,5 @@ def start_from(path: str | Path, model: DiT, config: Config) -> None:
             table[i] += rows[-1]
             new.append(name)
     told = f"; new to them: {', '.join(new[:10])}{' ...' if len(new) > 10 else ''}" if new else ""
-    print(f"start      the weights of {path}, which know {config.num_classes - len(new)} of the classes{told}")
+    what = "words" if config.caption_length else "classes"
+    print(f"start      the weights of {path}, which know {config.num_classes - len(new)} of the {what}{told}")

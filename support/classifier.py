@@ -81,7 +81,7 @@ def mixed_order(labels: Tensor) -> Tensor:
     It is the order that they have, as in MNIST, where most of them differ from the one before; otherwise, as in folders
     of a class each, or where all labels are the same, it is a fixed permutation.
     """
-    if 2 * labels.diff().count_nonzero() > len(labels):
+    if 2 * labels.diff(dim=0).count_nonzero() > len(labels):
         return torch.arange(len(labels))
     return torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
 

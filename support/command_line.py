@@ -74,7 +74,8 @@ class Parser(argparse.ArgumentParser):
         """The flags given; UserError for one without a value or beyond its limits."""
         given = super().parse_args(argv)
         for name, value in vars(given).items():
-            if value in ("", [], "--"):  # these two are what argparse's versions make of --flag=--
+            # [] and "--" are what argparse's versions make of --flag=--; of a flag given several times there is a list.
+            if value in ("", [], "--") or (isinstance(value, list) and [] in value):
                 raise UserError(f"{flag_of(name)} is given without a value; give it one, or leave it out")
             check_limits(name, value, **self.limits.get(name, {}))
         return given

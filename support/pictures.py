@@ -3,7 +3,6 @@
 import math
 import re
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +52,7 @@ def letters(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def shortened(name: str, most: int = 20) -> str:
+def shortened(name: str, most: int = 36) -> str:
     """A class's name to stand beside a row of images, in one line of at most so many letters."""
     name = one_line(name)
     return name if len(name) <= most else name[: most - 1].rstrip() + "…"
@@ -88,7 +87,7 @@ def save_strip(frames: dict[int, Tensor], labels: list[str], path: str | Path) -
     height, width = (side // pitch for side in picture.shape[:2])
     names = [shortened(str(label)) for label in labels]
     numbers = all(name.isdecimal() for name in names)
-    room = 0.6 if numbers else 0.5 + max(map(letters(10).getlength, names)) / 72  # inches at the left
+    room = 0.6 if numbers else 0.7 + max(map(letters(10).getlength, names)) / 72  # inches at the left
     figure = Figure(figsize=(0.6 * width + room, 0.6 * height + 0.6), layout="constrained")
     axes = figure.subplots()
     axes.imshow(picture, interpolation="nearest")
@@ -157,13 +156,11 @@ def save_loss_plot(path: Path, rows: list[str]) -> None:
         figure.savefig(file, format="png", dpi=120)
 
 
-def save_png_dir(
-    images: Tensor, labels: list[int], folder: str | Path, class_names: Sequence[str] | None = None
-) -> None:
+def save_png_dir(images: Tensor, names: list[str], folder: str | Path) -> None:
     """Images (N, C, H, W) in [-1, 1], grey or in colour, as a folder of PNGs: 000000-cat.png, 000001-dog.png, ...
 
-    One flat folder, as pytorch-fid and clean-fid read it; the class is in the name, as its number if it has none. It
-    is whole or not there: what cannot be written leaves nothing behind.
+    One flat folder, as pytorch-fid and clean-fid read it; what each image was asked to be is in its name. The folder is
+    whole or not there: what cannot be written leaves nothing behind.
 
     Raises:
         UserError: for a folder that is not empty, for images of other channels than 1 or 3, or if it cannot be written.
@@ -175,7 +172,7 @@ def save_png_dir(
     with writing_folder(folder) as temporary:
         for start in range(0, len(images), 1000):
             pixels = denormalize(images[start : start + 1000]).permute(0, 2, 3, 1).cpu().numpy()
-            for i, (picture, label) in enumerate(zip(pixels, labels[start : start + 1000]), start):
-                name = re.sub(r"\W+", "_", class_names[label])[:60] if class_names else label
+            for i, (picture, name) in enumerate(zip(pixels, names[start : start + 1000]), start):
+                name = re.sub(r"\W+", "_", name)[:60]
                 image = Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture)
                 image.save(temporary / f"{i:0{digits}}-{name}.png")

@@ -12,6 +12,7 @@ from config import PRESET_OF, Config
 from dataset import DATASETS, Dataset, load_dataset
 from loaders.sources import full_name
 from support.autoencoder import downsampling, encode_dataset, open_vae
+from support.captions import caption_text
 from support.checkpoint import settings_of
 from support.distributed import together
 from support.errors import UserError, optional
@@ -70,12 +71,15 @@ def prepare(config: Config, device: torch.device) -> tuple[Config, Dataset, nn.M
         in_channels=data.channels,
         num_classes=data.num_classes,
         class_names=data.class_names,
+        caption_length=data.caption_length,
         patch_size=config.patch_size or suitable_patch(side),
         precision=choose_precision(config.precision, device),
         compile=choose_compile(config.compile, config.train_steps),
     )
     if vae:
         changes |= dict(latents=True, clip_x0=False)
+    if data.caption_length:
+        changes |= dict(captions=tuple(caption_text(y, data.class_names) for y in data.labels[:10].tolist()))
     if data.num_classes == 1:  # there is no other to be told from
         changes |= dict(cfg_scale=1.0, label_dropout=0.0)
     return config.replace(**changes), data.to(device), vae

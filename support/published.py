@@ -143,23 +143,25 @@ def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def sizes_of(state: dict[str, Tensor]) -> dict[str, int | bool]:
-    """What a DiT's state dict says of its Config.
+def sizes_of(state: dict[str, Tensor], adds_pos_embed: bool = True) -> dict[str, int | bool]:
+    """What a DiT's state dict says of its Config; of image_size nothing, where its block adds no position embedding.
 
     Raises:
         KeyError: for a tensor that every DiT has and this one lacks.
     """
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     values = patch_size**2 * in_channels
-    return {
+    sizes = {
         "depth": 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1),
         "hidden_size": hidden_size,
         "patch_size": patch_size,
         "in_channels": in_channels,
-        "image_size": round(state["pos_embed"].shape[1] ** 0.5) * patch_size,
         "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,  # the last row is the null class
         "learn_sigma": state["final_layer.linear.weight"].shape[0] == 2 * values,
     }
+    if adds_pos_embed:
+        sizes["image_size"] = round(state["pos_embed"].shape[1] ** 0.5) * patch_size
+    return sizes
 
 
 def told_by_args(args: Any) -> dict[str, Any]:

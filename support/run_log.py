@@ -24,10 +24,11 @@ def print_summary(config: Config, model: nn.Module, data: Dataset, device: torch
     """What will be done, before it is: a line on each part."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     images = f"{len(data.labels):,} images of {(data.channels, *data.images.shape[2:])}"  # of latents more is kept
+    labels = f"captions of {config.num_classes - 1} words" if config.caption_length else f"{config.num_classes} labels"
     options = ("prediction", *OPTIONS[config.process], "time_sampling", "time_mean")
     threads = f"{torch.get_num_threads()} threads" + (f" in each of {processes()} processes" if processes() > 1 else "")
     print(f"device     {device}, {config.precision}, {threads}, compile {config.compile}")
-    print(f"data       {shown(data.name)}: {images}, {config.num_classes} labels")
+    print(f"data       {shown(data.name)}: {images}, {labels}")
     print(f"model      {parameters:,} parameters: hidden {config.hidden_size}, depth {config.depth}, {config.block}")
     print(f"process    {config.process}: " + ", ".join(f"{name} {getattr(config, name)}" for name in options))
     print(f"steps      {step:,} of {config.train_steps:,} done, {config.batch_size} images each")

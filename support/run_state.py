@@ -120,6 +120,7 @@ def restore_run(
     """
     path = out_dir / "checkpoint.pth"
     there = {"in_channels": data.channels, "num_classes": data.num_classes, "class_names": data.class_names}
+    there["caption_length"] = data.caption_length
     for name, is_now in there.items():
         was = state["config"].get(name)
         if was not in (None, is_now):  # class names may be told later

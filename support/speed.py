@@ -14,10 +14,12 @@ PEAK_SECONDS = 0.2  # the least that a timed sample of the peak lasts
 
 def count_gflops(model: nn.Module) -> float:
     """Gflops of a forward pass of a DiT for one image, a multiply-add counted once, as the paper counts."""
-    device, size = model.pos_embed.device, model.image_size
+    device, size = next(model.parameters()).device, model.image_size
     x, t = torch.zeros(1, model.in_channels, size, size, device=device), torch.zeros(1, device=device)
+    length = getattr(model.y_embedder, "length", None)  # of a caption
+    y = torch.zeros((1, length) if length else 1, dtype=torch.int64, device=device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x, t, t.long())
+        model(x, t, y)
     return counter.get_total_flops() / 2e9
 
 

@@ -4,18 +4,43 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from dataset import load_dataset, normalize
 from dit import DiT
 from loaders.mnist import MNIST_FILES
+from support.captions import parse_caption
 from support.checkpoint import BLOCKS
 
 ROOT = Path(__file__).parent.parent
+OF_LABELS = [name for name in BLOCKS if name != "joint-attention"]  # the blocks that take labels
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as support.start has it, for machine.sum_in_order
+
+
+class Words(NamedTuple):
+    """As variants/captions.py has them."""
+
+    mean: Tensor  # (B, D)
+    tokens: Tensor  # (B, L, D)
+    mask: Tensor  # (B, L)
+
+
+class Captions(nn.Module):
+    """The least that embeds captions: y (B, L), 0 for padding -> Words."""
+
+    def __init__(self, num_words: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_words + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Words:
+        tokens, mask = self.embedding_table(y), y > 0
+        mean = (tokens * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True)
+        return Words(mean, tokens, mask)
 
 
 def random_dit(seed: int = 0, **sizes) -> DiT:
@@ -27,6 +52,18 @@ def random_dit(seed: int = 0, **sizes) -> DiT:
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.05)
     return model
+
+
+WORDS = ["-", "the", "top", "bottom", "left", "right"]  # of load_corners; the first is the padding
+CAPTIONS = ["the top left", "top right", "bottom left", "the bottom right"]
+
+
+def load_corners(data_dir: str, train: bool) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """A data set of four images, each a white square in one corner, and of captions that say which."""
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    for i, (row, column) in enumerate(((0, 0), (0, 4), (4, 0), (4, 4))):
+        images[i, 0, row : row + 4, column : column + 4] = 255
+    return images, torch.tensor([parse_caption(caption, WORDS, 3) for caption in CAPTIONS]), WORDS
 
 
 def run(script: str, *flags: object, **env: str) -> subprocess.CompletedProcess:

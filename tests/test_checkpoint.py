@@ -6,13 +6,14 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import random_dit
+from conftest import CAPTIONS, WORDS, random_dit
 
 from config import Config
 from support import files
 from support.checkpoint import BEFORE, load_model, model_config
 from support.errors import UserError
 from support.files import load_file, save_file
+from variants.captions import TextEmbedder
 
 CONFIG = Config(image_size=28, patch_size=4, hidden_size=32, depth=2, num_heads=2, data_dir="/a/private/folder")
 
@@ -238,3 +239,45 @@ def test_a_file_older_than_a_field_means_what_runs_did_then(model_file):
     config = load_model(model_file)[1]
     assert (config.cfg_low, config.cfg_high, config.time_sampling) == (0.0, 1.0, "uniform")
     assert (config.block, config.clip_x0, config.learn_sigma) == ("adaLN-Zero", True, False)
+    assert (config.caption_length, config.captions) == (None, None)
+
+
+@pytest.fixture
+def caption_file(tmp_path):
+    path = tmp_path / "model.pth"
+    sizes = dict(image_size=28, patch_size=4, hidden_size=32, depth=2, num_heads=2, block="cross-attention")
+    config = Config(**sizes, num_classes=6, class_names=tuple(WORDS), caption_length=3, captions=tuple(CAPTIONS))
+    model = random_dit(block="cross-attention", num_classes=6, y_embedder=TextEmbedder(6, 3, 32, 2))
+    save_file({"model": model.state_dict(), "config": model_config(config)}, path)
+    return path
+
+
+def test_a_model_of_captions_comes_back_as_it_was(caption_file):
+    model, config = load_model(caption_file)
+    assert isinstance(model.y_embedder, TextEmbedder) and config.captions == tuple(CAPTIONS)
+    for name, tensor in load_file(caption_file)["model"].items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "lie, message",
+    [
+        (dict(caption_length=4), "y_embedder.pos_embed is .3, 32.; in a model of its sizes it is .4, 32."),
+        (dict(caption_length=None), "y_embedder.pos_embed is no part of a model of its sizes"),
+        (dict(caption_length=10**6), "caption_length is 1000000; it must be at most"),
+        (dict(class_names=None), "caption_length 3 needs class_names, the words, and captions of them"),
+        (dict(captions=(3,)), "caption_length 3 needs class_names, the words, and captions of them"),
+        (dict(class_names=("-", "a")), "class_names .'-', 'a'. are not a name for each of 6 classes"),
+        (dict(num_classes=7, class_names=tuple("abcdefg")), "num_classes 6, but its config says 7"),
+        (dict(block="joint-attention"), "blocks.0.image.adaLN_modulation.1.weight is missing"),
+        (dict(block="joint-attention", caption_length=None), "block joint-attention is for captions"),
+        (dict(block="in-context"), "y_embedder.pos_embed is no part|norm_cross.weight is no part"),
+    ],
+)
+def test_a_config_that_lies_about_captions_is_one_clear_error(lie, message, caption_file):
+    content = load_file(caption_file)
+    content["config"] |= lie
+    save_file(content, caption_file)
+    with pytest.raises(UserError, match=message) as error:
+        load_model(caption_file)
+    assert str(caption_file) in str(error.value) and "\n" not in str(error.value)

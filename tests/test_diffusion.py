@@ -20,6 +20,7 @@ from diffusion import (
 )
 from dit import DiT
 from support.checkpoint import BLOCKS, PROCESSES
+from variants.captions import BagOfWords, TextEmbedder
 from variants.flow_matching import PREDICTIONS as FLOW_PREDICTIONS
 from variants.flow_matching import FlowMatching
 
@@ -287,3 +288,15 @@ def test_what_is_looked_up_is_the_table_itself_with_no_noise_before_its_first_st
     expected = torch.cat([torch.ones(1), process.alphas_cumprod])
     assert torch.equal(process.alphas_cumprod_at(t), expected.view(-1, 1, 1, 1))
     assert all(torch.equal(process.alphas_cumprod_at(step), expected[step + 1]) for step in (-1, 0, 500, 999))
+
+
+@pytest.mark.parametrize("block", ["adaLN-Zero", "cross-attention", "joint-attention"])
+def test_guidance_with_captions_is_two_calls_the_second_of_the_null_caption(block):
+    y_embedder = TextEmbedder(6, 3, 32, 2) if BLOCKS[block].reads_words else BagOfWords(6, 3, 32)
+    model = random_dit(image_size=8, num_classes=6, block=block, y_embedder=y_embedder)
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([700, 30]), torch.tensor([[1, 2, 4], [3, 5, 0]])
+    conditional, unconditional = model(x, t, y), model(x, t, torch.full((2, 3), 6))
+    assert not torch.allclose(conditional, unconditional, atol=1e-3)
+    expected = unconditional + 2.5 * (conditional - unconditional)
+    assert torch.allclose(guided(model, x, t, y, 2.5), expected, atol=1e-5)
+    assert torch.equal(guided(model, x, t, y, 1.0), conditional)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from conftest import random_dit
 
 from dit import DiT
-from dit_block import Attention, DiTBlock, modulate
+from dit_block import Attention, DiTBlock, attend, modulate
 
 
 def test_a_fresh_block_is_the_identity():
@@ -42,3 +42,15 @@ def test_fused_and_plain_attention_agree():
     attention = Attention(64, num_heads=4)
     x = torch.randn(2, 49, 64)
     assert torch.allclose(attention(x), attention.cuda()(x.cuda()).cpu(), atol=1e-4)
+
+
+@pytest.mark.parametrize("num_queries, dtype", [(5, torch.float32), (20, torch.float32), (20, torch.bfloat16)])
+def test_masked_keys_are_as_good_as_absent(num_queries, dtype):
+    """By the plain matrix products (few queries, bf16) and by the fused kernel."""
+    query, key, value = (torch.randn(2, n, 32, dtype=dtype) for n in (num_queries, 7, 7))
+    mask = torch.tensor([[True, True, False, True, True, False, False], [True] * 7])
+    out = attend(query, key, value, 4, mask)
+    shown = mask[0]
+    expected = attend(query[:1], key[:1, shown], value[:1, shown], 4)
+    assert torch.allclose(out[:1], expected, atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert torch.allclose(out[1:], attend(query[1:], key[1:], value[1:], 4), atol=1e-6)

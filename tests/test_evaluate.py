@@ -20,8 +20,10 @@ from dataset import load_dataset
 from dit import DiT
 from docs import quality
 from evaluate import Reference, measure
-from support import classifier
-from support.checkpoint import load_model, model_config
+from loaders import scenes
+from loaders.glyphs import draw_glyphs
+from support import classifier, scene_judge
+from support.checkpoint import build_model, load_model, model_config
 from support.classifier import judge_of
 from support.errors import UserError
 from support.files import load_file, save_file
@@ -213,7 +215,8 @@ ZEROS = torch.zeros(110, 8, 8, 1).byte()
         (ZEROS.float(), None, "arr_0 is float32 (110, 8, 8, 1); they must be uint8"),
         (ZEROS, torch.zeros(110), "arr_1 float32 (110,)"),
         (ZEROS, torch.zeros(109).long(), "arr_1 int64 (109,)"),
-        (ZEROS, torch.zeros(110, 3).long(), "arr_1 int64 (110, 3)"),
+        (ZEROS, torch.zeros(110, 3).long(), "arr_1 has captions of 3 words, and small has labels"),
+        (ZEROS, torch.zeros(110, 3, 1).long(), "arr_1 int64 (110, 3, 1)"),
         (ZEROS.flatten(1), None, "arr_0 is uint8 (110, 64)"),
         (
             ZEROS.expand(-1, -1, -1, 3),
@@ -757,3 +760,94 @@ def test_the_measured_curves_are_of_every_sampler_and_setting():
         for row, setting in zip(measured, expected):
             assert all(row[name] == str(value) for name, value in setting.items())
             assert 0 < float(row["accuracy"]) <= 1 and float(row["FD_ratio"]) > 0
+
+
+class NearestCrop:
+    """A classifier that needs no training: of the nearest of the crops that it is given."""
+
+    def __init__(self, dataset, data_dir, images, labels):
+        self.known, self.labels = images.flatten(1).float(), labels
+
+    def read(self, images):
+        nearest = torch.cdist(images.flatten(1).float(), self.known).argmin(1)
+        return None, torch.nn.functional.one_hot(self.labels[nearest], 10)
+
+
+@pytest.fixture
+def scenes_dir(tmp_path, monkeypatch):
+    """A data folder of scenes of glyphs, 1,500 to train and 100 to test, which a stand-in for the classifier judges."""
+    glyphs = draw_glyphs(600, seed=0)
+    draw = scenes.draw_scenes
+    monkeypatch.setattr(scenes, "load_mnist", lambda data_dir, train: glyphs)
+    few = {0: 1500, 1: 100}  # by the seeds of the two parts
+    monkeypatch.setattr(
+        scenes,
+        "draw_scenes",
+        lambda digits, labels, chosen, seed: draw(digits, labels, chosen[: few[seed]], seed),
+    )
+    monkeypatch.setattr(scene_judge, "judge_of", NearestCrop)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    return tmp_path
+
+
+def save_words_model(path, **changes):
+    """A model of captions, of random weights; its file."""
+    sizes = dict(image_size=28, patch_size=14, hidden_size=32, depth=1, num_heads=2, num_classes=len(scenes.WORDS))
+    words = dict(class_names=scenes.WORDS, caption_length=scenes.LENGTH) | changes
+    config = Config(**sizes, **words, dataset="scenes", sampler="ddim", sample_steps=2, cfg_scale=1.0)
+    torch.manual_seed(0)
+    model = build_model(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.05)
+    save_file({"model": model.state_dict(), "config": model_config(config)}, path)
+    return path
+
+
+def test_scenes_are_judged_by_what_they_show(scenes_dir, capsys):
+    checkpoint, report = save_words_model(scenes_dir / "model.pth"), scenes_dir / "a.json"
+    evaluate.main(["--checkpoint", str(checkpoint), "--seeds", "2", "--json", str(report), "--device", "cpu"])
+    found, printed = json.loads(report.read_text()), capsys.readouterr().out
+    names = [f"{name}, {pairs}" for pairs in ("seen", "unseen") for name in scene_judge.RIGHT]
+    assert list(found["real"]) == names and [list(figures) for figures in found["generated"]] == [names] * 2
+    assert found["images"] == 100 and "FD ratio" not in found and found["generated"][0] != found["generated"][1]
+    assert "both digits, unseen" in printed and "100 images of scenes, ddim, 2 steps" in printed
+    assert f"judge sees both digits and their relation in {found['real']['digits and relation, seen']:.1%}" in printed
+    real = found["real"]
+    assert real["both digits, seen"] > 0.8 and real["relation, seen"] > 0.95 and real["thickness, seen"] > 0.9
+    assert all(figures["all, seen"] < 0.1 for figures in found["generated"])
+
+    def of_npz(images, captions):
+        np.savez(scenes_dir / "s.npz", images.permute(0, 2, 3, 1).numpy(), captions.numpy())
+        flags = ["--npz", scenes_dir / "s.npz", "--dataset", "scenes", "--json", report]
+        evaluate.main([*map(str, flags)])
+        return json.loads(report.read_text())["generated"][0]
+
+    test = load_dataset("scenes", scenes_dir, train=False)
+    assert of_npz(test.images, test.labels) == pytest.approx(real)  # in the padding's margin too:
+    assert of_npz(torch.nn.functional.pad(test.images, (2, 2, 2, 2)), test.labels) == pytest.approx(real)
+    asked = scenes.scenes_of(test.labels)
+    beside, other = asked.relation == 0, (asked.digits[:, 0] != asked.digits[:, 1]) & ~asked.unseen
+    mirrored = test.images[beside & other].roll(14, 3)  # what was at the left is at the right
+    figures = of_npz(mirrored.repeat(3, 1, 1, 1), test.labels[beside & other].repeat(3, 1))
+    assert figures["both digits, seen"] > 0.8 and figures["relation, seen"] < 0.2 and figures["thickness, seen"] > 0.9
+
+
+def test_what_is_no_scene_is_not_judged_as_one(scenes_dir, small):
+    checkpoint = save_words_model(scenes_dir / "model.pth")
+    short = save_words_model(scenes_dir / "short.pth", caption_length=5)
+    assert "short.pth draws captions of 5 words, and scenes has captions of 8 words" in refusal("--checkpoint", short)
+    labelled = save_model(scenes_dir / "labels.pth", image_size=28, patch_size=14, num_classes=len(scenes.WORDS))
+    small(shape=(1, 28, 28), classes=len(scenes.WORDS))
+    message = "draws captions of 8 words, and small has labels; name its --dataset"
+    assert message in refusal("--checkpoint", checkpoint, "--dataset", "small")
+    message = "labels.pth draws labels, and scenes has captions of 8 words; name its --dataset"
+    assert message in refusal("--checkpoint", labelled, "--dataset", "scenes")
+    images = np.zeros((60, 28, 28), np.uint8)
+    for arrays, message in (
+        ((images, np.zeros(60, int)), "arr_1 has labels, and scenes has captions of 8 words; name its --dataset"),
+        ((images, np.zeros((60, 7), int)), "arr_1 has captions of 7 words, and scenes has captions of 8 words"),
+        ((images, np.full((60, 8), 17)), "labels 17 to 17 are not all of scenes's, 0 to 16"),
+        ((images, np.tile([1, 7, 0, 0, 0, 0, 0, 0], (60, 1))), "the caption 'a zero' is not that of a scene, such as"),
+    ):
+        np.savez(scenes_dir / "bad.npz", *arrays)
+        assert message in refusal("--npz", scenes_dir / "bad.npz", "--dataset", "scenes")

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import OF_LABELS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from config import BLOCKS, PREDICTIONS, SAMPLERS, Config
+from config import PREDICTIONS, SAMPLERS, Config
 from dataset import Dataset
 from inference import denoise
 from support.checkpoint import build_model, build_process
@@ -116,7 +117,7 @@ def test_a_run_of_every_process_stays_on_the_gpu(process, gpu, tmp_path, monkeyp
     walk(gpu, tmp_path, monkeypatch, train_steps=2, accumulation_steps=2, **process)
 
 
-@pytest.mark.parametrize("changes", [*(dict(block=name) for name in BLOCKS), dict(optimizer="muon")], ids=str)
+@pytest.mark.parametrize("changes", [*(dict(block=name) for name in OF_LABELS), dict(optimizer="muon")], ids=str)
 def test_a_run_of_every_block_and_optimizer_stays_on_the_gpu(changes, gpu, tmp_path, monkeypatch):
     walk(gpu, tmp_path, monkeypatch, train_steps=1, **changes)
 

@@ -10,17 +10,18 @@ from conftest import ROOT
 # Each row may import from the rows above it and, in its own row, from what stands to its left.
 ORDER = """
 support.start support.errors
-support.options support.files support.machine support.speed config
+support.options support.files support.captions support.machine support.speed config
 support.distributed
 support.command_line
 time_emb dit_block diffusion
 dit
 variants.*
-loaders.download loaders.packing loaders.image_folder
+loaders.download loaders.drawn loaders.packing loaders.image_folder
+loaders.glyphs loaders.mnist
 loaders.* loaders.sources
 dataset
 support.published support.pictures support.autoencoder support.checkpoint support.classifier
-support.metrics support.sampling support.prepare
+support.metrics support.sampling support.prepare support.scene_judge
 support.run_state support.watching support.run_log
 inference
 train evaluate benchmark

@@ -2,19 +2,21 @@ import weakref
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, random_dit, run
+from conftest import CAPTIONS, ROOT, WORDS, assert_one_line_error, random_dit, run
 from PIL import Image
 
 import inference
 from config import PAPER_MODELS, Config
 from dataset import denormalize
 from dit import DiT
-from inference import denoise, parse_labels
+from inference import denoise
 from support.autoencoder import decode, load_vae
 from support.checkpoint import build_process, load_model, model_config
+from support.command_line import parse_labels
 from support.errors import UserError
 from support.files import save_file
 from support.pictures import frames_shown, save_png, save_strip
+from variants.captions import TextEmbedder
 from variants.learned_variance import LearnedVariance
 
 np = pytest.importorskip("numpy")
@@ -227,7 +229,7 @@ def test_without_a_label_guidance_of_0_is_the_null_class_all_the_way(model_file,
         (["--vae", "folder"], "the checkpoint draws pixels; leave it out"),
         (["--output", "strip.tiff"], "must end in .png"),
         (["--output", "/no/such/folder/strip.png"], "its folder does not exist"),
-        (["--labels", "1," * 101], "101 labels are too many for one picture"),
+        (["--labels", "1," * 101], "101 rows are too many for one picture"),
         (["--seed", "99999999999999999999"], "seed is 99999999999999999999"),
     ],
 )
@@ -292,3 +294,67 @@ def test_images_that_are_not_finite_are_an_error_and_replace_nothing(flags, mode
     with pytest.raises(UserError, match="not finite numbers; the weights are damaged or have diverged"):
         infer(model_file, *flags)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(names, "good")
+
+
+@pytest.fixture(scope="module")
+def caption_file(tmp_path_factory):
+    """A tiny model of random weights, of load_corners' captions."""
+    path = tmp_path_factory.mktemp("captions") / "model.pth"
+    sizes = dict(image_size=8, patch_size=4, hidden_size=32, depth=1, num_heads=2, block="cross-attention")
+    config = Config(**sizes, num_classes=6, class_names=tuple(WORDS), caption_length=3, captions=tuple(CAPTIONS))
+    y_embedder = TextEmbedder(6, 3, 32, 2)
+    model = random_dit(**sizes, num_classes=6, y_embedder=y_embedder)
+    save_file({"model": model.state_dict(), "config": model_config(config)}, path)
+    return path
+
+
+def test_prompts_are_drawn_in_turn(caption_file, tmp_path):
+    prompts = ["--prompt", "top LEFT", "--prompt", "", "--prompt", "  the bottom right"]
+    infer(caption_file, "--num-samples", 4, "--npz", tmp_path / "s.npz", "--seed", 3, *prompts)
+    model, config = load_model(caption_file)
+    y = torch.tensor([[2, 4, 0], [6, 6, 6], [1, 3, 5], [2, 4, 0]])
+    images = inference.draw_images(model, config, y, torch.Generator().manual_seed(3))
+    arrays = np.load(tmp_path / "s.npz")
+    assert arrays["arr_1"].tolist() == y.tolist() and arrays["arr_1"].dtype == np.int64
+    assert (arrays["arr_0"] == denormalize(images).permute(0, 2, 3, 1).numpy()).all()
+
+
+def test_rows_are_named_by_their_captions(caption_file, tmp_path, monkeypatch):
+    named = []
+    monkeypatch.setattr(inference, "save_strip", lambda frames, names, path: named.append((len(frames[0]), names)))
+    monkeypatch.setattr(inference, "save_png", lambda images, path, columns, labels: named.append(labels))
+    infer(caption_file, "--output", tmp_path / "a.png", "--prompt", "the top left", "--prompt", "")
+    infer(caption_file, "--output", tmp_path / "a.png")  # those of its data that the config keeps
+    infer(caption_file, "--output", tmp_path / "a.png", "--num-samples", 3, "--prompt", "left", "--prompt", "top")
+    infer(caption_file, "--output", tmp_path / "a.png", *["--prompt", "top"] * 12)
+    two, kept = (2, ["the top left", "anything"]), (4, CAPTIONS)
+    assert named == [two, kept, ["left", "top", "left"], (12, ["top"] * 12)]
+    infer(caption_file, "--png-dir", tmp_path / "new", "--num-samples", 2, "--prompt", "the top left")
+    names = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert names == ["000000-the_top_left.png", "000001-the_top_left.png"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--labels", "0"], "--labels 0: this is a model of captions; give --prompt"),
+        (["--prompt", "top", "--labels", "0"], "--labels 0: this is a model of captions"),
+        (["--prompt", "the upper left"], "the word 'upper' of the caption 'the upper left' is not one of the, top,"),
+        (["--prompt", "-"], "the word '-' of the caption '-' is not one of the, top, bottom, left, right"),
+        (["--prompt", "the top left left"], "the caption 'the top left left' has 4 words; give at most 3"),
+        (["--prompt=--"], "--"),
+        (["--prompt", "top"] * 101, "101 rows are too many for one picture"),
+    ],
+)
+def test_bad_prompts_are_refused(flags, message, caption_file):
+    with pytest.raises(UserError) as error:
+        infer(caption_file, *flags)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_prompt_for_a_model_of_labels_is_refused(model_file):
+    for prompt in ("a three", ""):
+        with pytest.raises(
+            UserError, match=f"--prompt '{prompt}': this is a model of labels, not of captions; give --la"
+        ):
+            infer(model_file, "--prompt", prompt)

@@ -122,7 +122,7 @@ def test_a_strip_is_never_larger_than_matplotlib_draws(figures, tmp_path, monkey
     assert 2**15 < max(figure.get_size_inches()) * dpi < 2**16
 
 
-NAMES = ["T-shirt/top", "M" * 30, "it is $\\foo$", "\u82b1\u306e\u5199\u771f", "two\nlines", "\udcff"]
+NAMES = ["T-shirt/top", "M" * 50, "it is $\\foo$", "\u82b1\u306e\u5199\u771f", "two\nlines", "\udcff"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -138,9 +138,21 @@ def test_names_stand_whole_at_the_left_of_a_strip_whatever_is_in_them(rows, colu
     assert axes.get_ylabel() == ""
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_a_strip_has_room_for_the_longest_captions(rows, figures, tmp_path):
+    captions = ["a thick three left of a thick seven"] * rows
+    save_strip({i: torch.zeros(rows, 1, 28, 28) for i in range(13)}, captions, tmp_path / "strip.png")
+    (axes,) = figures[0][0].axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == captions
+    assert min(text.get_window_extent().x0 for text in axes.get_yticklabels()) >= 0
+
+
 def test_a_long_name_is_shortened_to_one_line():
-    assert shortened("Ankle boot") == "Ankle boot" and shortened("a" * 20) == "a" * 20
-    assert shortened("a" * 21) == "a" * 19 + "…" and shortened("tench, Tinca tinca, a fish") == "tench, Tinca tinca,…"
+    assert shortened("Ankle boot") == "Ankle boot" and shortened("a" * 36) == "a" * 36
+    assert (
+        shortened("a" * 37) == "a" * 35 + "…" and shortened("tench, Tinca tinca, a fish", 21) == "tench, Tinca tinca,…"
+    )
+    assert shortened(longest := "a thick three left of a thick seven") == longest
     assert shortened("a\nb") == r"a\nb"
 
 
@@ -205,14 +217,14 @@ def test_a_folder_of_pngs_holds_the_images_themselves(channels, tmp_path):
     names = ["cat", "a/b: c", "Ü" * 300]
     for folder in (tmp_path / "new", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
-        save_png_dir(normalize(images), [i % 3 for i in range(12)], folder, names)
+        save_png_dir(normalize(images), 4 * names, folder)
         paths = sorted(folder.iterdir())
         assert [path.name for path in paths[:2]] == ["000000-cat.png", "000001-a_b_c.png"] and len(paths) == 12
         for path, image in zip(paths, images):
             picture = Image.open(path)
             assert picture.mode == ("L" if channels == 1 else "RGB")
             assert (np.array(picture).reshape(5, 4, channels) == image.permute(1, 2, 0).numpy()).all()
-    save_png_dir(normalize(images), [7] * 12, tmp_path / "numbers")
+    save_png_dir(normalize(images), ["7"] * 12, tmp_path / "numbers")
     assert (tmp_path / "numbers" / "000011-7.png").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new", "numbers"]
 
@@ -228,7 +240,7 @@ def test_a_folder_of_pngs_is_whole_or_not_there(tmp_path, monkeypatch):
         (tmp_path / "new", x / 0, "not finite"),
     ):
         with pytest.raises(UserError, match=message):
-            save_png_dir(images, [0] * 12, folder)
+            save_png_dir(images, ["0"] * 12, folder)
     saved, save = [], Image.Image.save
 
     def fill_up(self, path):
@@ -239,14 +251,14 @@ def test_a_folder_of_pngs_is_whole_or_not_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", fill_up)
     with pytest.raises(UserError, match="cannot write .*new .No space left on device"):
-        save_png_dir(x, [0] * 12, tmp_path / "new")
+        save_png_dir(x, ["0"] * 12, tmp_path / "new")
     assert len(saved) == 5 and [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
 def test_pytorch_fid_reads_a_folder_of_pngs(tmp_path):
     fid_score = pytest.importorskip("pytorch_fid.fid_score", reason="pytorch-fid is not installed: pip install it")
     images = bytes_of(60, 1, 8, 8)
-    save_png_dir(normalize(images), [0] * 60, tmp_path / "a")
+    save_png_dir(normalize(images), ["0"] * 60, tmp_path / "a")
     seen = []
 
     class Network(torch.nn.Module):
@@ -262,7 +274,7 @@ def test_pytorch_fid_reads_a_folder_of_pngs(tmp_path):
 def test_clean_fid_reads_a_folder_of_pngs(tmp_path):
     fid = pytest.importorskip("cleanfid.fid", reason="clean-fid is not installed: pip install it")
     images = bytes_of(10, 3, 299, 299)  # the size that it would resize to
-    save_png_dir(normalize(images), [0] * 10, tmp_path / "a")
+    save_png_dir(normalize(images), ["0"] * 10, tmp_path / "a")
     seen = []
 
     def network(x):

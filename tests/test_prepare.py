@@ -5,9 +5,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, random_dit, run
+from conftest import assert_one_line_error, load_corners, random_dit, run
 from PIL import Image
 
+import dataset
 import train
 from config import Config, preset
 from inference import denoise
@@ -290,3 +291,38 @@ def test_the_only_class_of_a_folder_is_no_class_of_the_weights_it_starts_from(pi
     flags = ["--dataset", pictures_dir / "frog", "--data-dir", tmp_path, "--train-steps", 1]
     fit(tmp_path / "b", *flags, "--init-from", tmp_path / "a" / "model.pth")
     assert "which know 0 of the classes" in capsys.readouterr().out
+
+
+def test_known_words_keep_their_rows_and_new_ones_start_from_no_caption(tmp_path, capsys, monkeypatch):
+    """Known by their names, wherever they stand: left and right, which are 4 and 5, are 1 and 2 in the other data."""
+
+    def load_others(data_dir, train):
+        images, captions, words = load_corners(data_dir, train)
+        others = ["-", "left", "right", "the", "lower", "upper"]
+        to = {"top": "upper", "bottom": "lower"}
+        numbers = torch.tensor([others.index(to.get(word, word)) for word in words])
+        return images, numbers[captions], others
+
+    monkeypatch.setitem(dataset.DATASETS, "corners", load_corners)
+    monkeypatch.setitem(dataset.DATASETS, "others", load_others)
+    fit(tmp_path / "a", "--dataset", "corners", "--train-steps", 20, "--block", "cross-attention")
+    start = ["--dataset", "others", "--train-steps", 1, "--learning-rate", 1e-9]
+    fit(tmp_path / "b", *start, "--init-from", tmp_path / "a" / "model.pth")
+    assert "know 4 of the words; new to them: lower, upper" in capsys.readouterr().out
+    (a, _), (b, config) = (load_model(tmp_path / name / "model.pth") for name in "ab")
+    assert config.captions[0] == "the upper left" and config.block == "cross-attention"
+    old, new = (model.y_embedder.embedding_table.weight for model in (a, b))
+    assert torch.allclose(new[[0, 1, 2, 3, 6]], old[[0, 4, 5, 1, 6]], atol=1e-6)
+    assert 0.01 < (new[4:6] - old[6]).std() < 0.03
+    assert torch.allclose(b.y_embedder.pos_embed, a.y_embedder.pos_embed, atol=1e-6)
+
+
+def test_weights_for_labels_and_weights_for_captions_do_not_start_each_other(tmp_path, monkeypatch):
+    monkeypatch.setitem(dataset.DATASETS, "corners", load_corners)
+    monkeypatch.setitem(dataset.DATASETS, "blobs", lambda *_: (load_corners(*_)[0], torch.arange(4)))
+    for data, other, lengths in (("corners", "blobs", ("3", "None")), ("blobs", "corners", ("None", "3"))):
+        fit(tmp_path / data, "--dataset", data, "--train-steps", 1)
+        with pytest.raises(UserError, match="its caption_length is {}, that of this run {}".format(*lengths)):
+            start = ["--init-from", tmp_path / data / "model.pth"]
+            fit(tmp_path / "new", "--dataset", other, "--train-steps", 1, *start)
+        assert not (tmp_path / "new").exists()

@@ -49,3 +49,10 @@ def test_parameters_of_xl():
 )
 def test_gflops_of_the_block_designs_are_those_of_the_paper(block, gflops):
     assert count("DiT-XL/2", block=BLOCKS[block])[1] == pytest.approx(gflops, abs=0.1)
+
+
+def test_the_modern_block_has_the_parameters_and_gflops_of_the_papers():
+    """But for the position embedding, two norms a block, and the width of its MLP, in eights."""
+    for name in ("DiT-S/2", "DiT-B/4", "DiT-L/8", "DiT-XL/2"):
+        expected, gflops = count(name)
+        assert count(name, block=BLOCKS["modern"]) == (pytest.approx(expected, 3e-3), pytest.approx(gflops, 1e-3))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, random_dit, run
+from conftest import CAPTIONS, OF_LABELS, ROOT, WORDS, assert_one_line_error, load_corners, random_dit, run
 
 import dataset
 import train
@@ -15,6 +15,7 @@ from diffusion import Diffusion
 from dit import DiT
 from inference import denoise
 from support import machine, run_state
+from support.captions import parse_caption
 from support.checkpoint import BLOCKS, load_model
 from support.errors import UserError
 from support.files import load_file
@@ -26,15 +27,9 @@ TINY += ["--log-every", 5, "--warmup-steps", 5, "--sample-steps", 3, "--device",
 
 @pytest.fixture(autouse=True)
 def blobs(monkeypatch):
-    """A data set of four images: a white square in one corner, the label saying which."""
-
-    def load_blobs(data_dir, train):
-        images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
-        for i, (row, column) in enumerate(((0, 0), (0, 4), (4, 0), (4, 4))):
-            images[i, 0, row : row + 4, column : column + 4] = 255
-        return images, torch.arange(4)
-
-    monkeypatch.setitem(dataset.DATASETS, "blobs", load_blobs)
+    """A data set of four images: a white square in one corner, the label saying which; and one of captions that do."""
+    monkeypatch.setitem(dataset.DATASETS, "blobs", lambda *_: (load_corners(*_)[0], torch.arange(4)))
+    monkeypatch.setitem(dataset.DATASETS, "corners", load_corners)
 
 
 def fit(out_dir, *flags):
@@ -274,7 +269,7 @@ def test_sample_grids_take_at_most_50_steps(tmp_path, monkeypatch):
     assert calls.count(False) == 50
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", OF_LABELS)
 def test_every_block_trains_with_a_learned_variance_and_samples(block, tmp_path):
     fit(tmp_path, "--train-steps", 30, "--learn-sigma", "--block", block, "--lr-decay", "constant", "--sampler", "ddpm")
     losses = [float(row["loss"]) for row in rows(tmp_path)]
@@ -410,3 +405,79 @@ def test_unlabelled_images_train_whatever_the_share_of_dropped_labels(tmp_path, 
     monkeypatch.setitem(dataset.DATASETS, "blobs", lambda data_dir, train: (images, None))
     fit(tmp_path, "--train-steps", 2, "--label-dropout", 0)
     assert load_model(tmp_path / "model.pth")[1].cfg_scale == 1
+
+
+def test_dropped_captions_are_the_null_caption_as_dropped_labels_are_the_null_class():
+    labels, captions = dataset.load_dataset("blobs", ""), dataset.load_dataset("corners", "")
+    config = Config(num_classes=6, batch_size=500, label_dropout=0.3, accumulation_steps=2)
+    for of_labels, of_captions in zip(*(draw_batch(data, Diffusion(), config, 7) for data in (labels, captions))):
+        (x0, y, *drawn), (x0_too, words, *drawn_too) = of_labels, of_captions
+        assert_same([x0, *drawn], [x0_too, *drawn_too])
+        table = torch.cat([captions.labels, torch.full((3, 3), 6)])  # label 6 is the null class
+        assert torch.equal(words, table[y]) and (y == 6).any() and words.dtype == torch.int64
+
+
+def read_corners(path, captions):
+    """The corners, 0 to 3, that a run's model draws for ten of each of these captions."""
+    model, config = load_model(path / "model.pth")
+    y = torch.tensor([parse_caption(caption, config.class_names, config.caption_length) for caption in captions])
+    config = config.replace(sample_steps=20, cfg_scale=1.0)
+    *_, x = denoise(model, config, y.repeat_interleave(10, dim=0), torch.Generator().manual_seed(0))
+    corners = x.unfold(2, 4, 4).unfold(3, 4, 4).mean((1, 4, 5)).flatten(1)  # (N, 4)
+    return corners.argmax(1).view(-1, 10)
+
+
+@pytest.mark.parametrize("block", ["adaLN-Zero", "cross-attention", "joint-attention"])
+def test_captions_are_learnt_in_each_of_three_ways(block, tmp_path, capsys):
+    flags = ["--dataset", "corners", "--block", block, "--train-steps", 200, "--learning-rate", 5e-3]
+    fit(tmp_path, *flags, "--batch-size", 32, "--ema-decay", 0.98, "--time-mean", 2.5)  # at much noise captions matter
+    assert "4 images of (1, 8, 8), captions of 5 words" in capsys.readouterr().out
+    config = load_model(tmp_path / "model.pth")[1]
+    assert (config.num_classes, config.caption_length, config.class_names) == (6, 3, tuple(WORDS))
+    assert config.captions == tuple(CAPTIONS)
+    asked = [*CAPTIONS, "", "right the bottom"]
+    *drawn, anything, shuffled = read_corners(tmp_path, asked)
+    assert [(corner == i).float().mean() >= 0.9 for i, corner in enumerate(drawn)] == [True] * 4
+    assert len(anything.unique()) > 1
+    if block == "adaLN-Zero":  # a bag of words
+        assert ((shuffled == 3).float().mean()) >= 0.9
+
+
+def test_a_grid_of_samples_shows_the_first_captions_of_the_data(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "save_png", lambda images, path, columns, labels: seen.append((len(images), labels)))
+    fit(tmp_path, "--dataset", "corners", "--train-steps", 1)
+    assert seen == [(32, [caption for caption in CAPTIONS for _ in range(8)])]
+
+
+@pytest.mark.parametrize("block", ["adaLN-Zero", "joint-attention"])
+def test_a_resumed_run_of_captions_ends_with_the_same_bits(block, tmp_path):
+    flags = ["--dataset", "corners", "--block", block, "--lr-decay", "constant"]
+    fit(tmp_path / "a", *flags, "--train-steps", 6)
+    fit(tmp_path / "b", *flags, "--train-steps", 12)
+    train.main(["--resume", "--out-dir", str(tmp_path / "a"), "--train-steps", "12"])
+    a, b = (load_file(tmp_path / name / "checkpoint.pth") for name in "ab")
+    assert_same(a["model"], b["model"])
+    assert (tmp_path / "a" / "model.pth").read_bytes() == (tmp_path / "b" / "model.pth").read_bytes()
+
+
+def test_captions_train_in_every_way_that_a_machine_asks_for(tmp_path):
+    common = ["--dataset", "corners", "--block", "joint-attention", "--train-steps", 15, "--log-every", 5]
+    ways = {
+        "plain": [],
+        "parts": ["--accumulation-steps", 4],
+        "again": ["--activation-checkpointing"],
+        "bf16": ["--precision", "bf16"],
+        "compiled": ["--compile", "on"],
+    }
+    for name, flags in ways.items():
+        fit(tmp_path / name, *common, *flags)
+    for name in ways:
+        for ours, plain in zip(rows(tmp_path / name), rows(tmp_path / "plain"), strict=True):
+            assert float(ours["loss"]) == pytest.approx(float(plain["loss"]), rel=0.05 if name == "bf16" else 1e-3)
+
+
+def test_labels_for_a_block_of_captions_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match="block joint-attention is for captions, such as those of --dataset scenes"):
+        fit(tmp_path / "run", "--block", "joint-attention", "--train-steps", 1)
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
 """What can take the place of one core part, or extends one: a file is one idea with its paper.
 
-Each has the interface of the part that it replaces: that of `dit_block.DiTBlock`, or of `diffusion.Diffusion`.
+Each has the interface of the part that it replaces: that of `dit_block.Block`, or of `diffusion.Diffusion`.
 """

@@ -1,16 +1,19 @@
 """The three other ways to tell a block t and y (Peebles & Xie, 2023, section 3.2): `--block NAME`.
 
     in-context        t and y are two more tokens among the image's; the block is a plain transformer's
-    cross-attention   a plain block that also asks t and y, between attention and MLP
+    cross-attention   a plain block that also asks t and y, a label or the words of a caption, between attention and MLP
     adaLN             adaLN-Zero without gates, and without zeros at the start
 
-x (B, N, D)  ->  (B, N, D), as dit_block.DiTBlock; c is what each design's `enter` makes of t and y.
+x (B, N, D)  ->  (B, N, D), as dit_block.Block; c is what each design's `enter` makes of t and y.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_block import Attention, DiTBlock, Mlp, attend, modulate
+from dit_block import Attention, Block, DiTBlock, Mlp, attend, modulate
 
 
 class AdaLNBlock(DiTBlock):
@@ -29,7 +32,7 @@ class AdaLNBlock(DiTBlock):
         return []
 
 
-class PlainBlock(nn.Module):
+class PlainBlock(Block):
     """A transformer block that c does not touch, with norms of its own weights: what the two designs below share."""
 
     modulates_final_layer = False
@@ -46,14 +49,6 @@ class PlainBlock(nn.Module):
         x = x + self.mlp(self.norm2(x))
         return x
 
-    @staticmethod
-    def leave(x: Tensor, num_tokens: int) -> Tensor:
-        return x[:, :num_tokens]
-
-    @staticmethod
-    def zeroed(model: nn.Module) -> list[nn.Linear]:
-        return []
-
 
 class InContextBlock(PlainBlock):
     """In-context: t and y are two more tokens, behind the image's; c goes unused."""
@@ -64,7 +59,13 @@ class InContextBlock(PlainBlock):
 
 
 class CrossAttentionBlock(PlainBlock):
-    """Cross-attention: the tokens also ask t and y, which are c (B, 2, D)."""
+    """Cross-attention: the tokens also ask t and y.
+
+    c is these, (B, 2, D), and no mask; or t and a caption's words, (B, 1 + L, D), and a mask (B, 1 + L), True for t and
+    where a word is.
+    """
+
+    reads_words = True
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__(hidden_size, num_heads)
@@ -75,12 +76,15 @@ class CrossAttentionBlock(PlainBlock):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     @staticmethod
-    def enter(x: Tensor, t_emb: Tensor, y_emb: Tensor) -> tuple[Tensor, Tensor]:
-        return x, torch.stack([t_emb, y_emb], dim=1)
+    def enter(x: Tensor, t_emb: Tensor, y_emb: Any) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+        if isinstance(y_emb, Tensor):  # of labels
+            return x, (torch.stack([t_emb, y_emb], dim=1), None)
+        return x, (torch.cat([t_emb.unsqueeze(1), y_emb.tokens], dim=1), F.pad(y_emb.mask, (1, 0), value=True))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: tuple[Tensor, Tensor | None]) -> Tensor:
+        asked, mask = c
         x = x + self.attn(self.norm1(x))
-        key, value = self.kv(c).chunk(2, dim=2)
-        x = x + self.proj(attend(self.q(self.norm_cross(x)), key, value, self.num_heads))
+        key, value = self.kv(asked).chunk(2, dim=2)
+        x = x + self.proj(attend(self.q(self.norm_cross(x)), key, value, self.num_heads, mask))
         x = x + self.mlp(self.norm2(x))
         return x

@@ -83,7 +83,7 @@ def bits_per_dim(process: Diffusion, model: Callable, x0: Tensor, y: Tensor, gen
     prior = kl_divergence(end, noise)
     bits = prior.mean((1, 2, 3)) / math.log(2)
     for step in counted(range(process.num_timesteps), process.num_timesteps, "bits per dimension"):
-        t = torch.full_like(y, step)
+        t = torch.full((len(y),), step, device=y.device)
         x = process.q_sample(x0, t, torch.randn(x0.shape, device=x0.device, generator=generator))
         bits += variational_bound(process, x0, x, t, model(x, t, y).float())
     return bits
