@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from config import Config, preset
+from config import Config
 from dataset import Dataset
 from diffusion import Diffusion
 from inference import denoise
@@ -35,9 +35,9 @@ from support.command_line import Parser, command, run_script
 from support.files import locked
 from support.machine import Ahead, choose_device, compile_network, deferred_signals, sum_in_order
 from support.pictures import save_loss_plot, save_png
-from support.prepare import check_same, new_settings, prepare
+from support.prepare import check_same, prepare
 from support.run_log import RunLog, print_summary
-from support.run_state import refuse_trained, restarted, restore_run, resumed, save_run
+from support.run_state import begun, refuse_trained, restore_run, save_run
 from variants.muon import muon_for
 
 # Fields that are no flags.
@@ -211,12 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.group("basics").add_argument("--resume", action="store_true", help=resume_help)
     with distributed.joined():
         given = vars(parser.parse_args(argv))
-        if given.pop("resume", False):
-            train(*resumed(given))
-        elif again := restarted(given):
-            train(*resumed(again))
-        else:
-            train(preset(**new_settings(given)))
+        train(*begun(given))
 
 
 if __name__ == "__main__":

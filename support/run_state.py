@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from config import ROOT, Config
+from config import ROOT, Config, preset
 from dataset import Dataset
 from dit import DiT
 from support.checkpoint import BEFORE, OF_THE_MACHINE, check_state, model_config, read_config
 from support.distributed import check_shared, first, launch_name, part_like, processes, together, whole
 from support.errors import UserError, believing, flag_of
 from support.files import load_file, locked, save_file, warn
-from support.prepare import preset_of, rooted
+from support.prepare import new_settings, preset_of, rooted
 
 FREE_ON_RESUME = (*OF_THE_MACHINE, "sample_every", "checkpoint_every")
 
@@ -225,3 +225,12 @@ def resumed(given: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     data_dir = None if today else then
     changes = {name: value for name, value in given.items() if name in free}
     return config.replace(**{"data_dir": data_dir, "shard": False, **changes, "out_dir": str(path.parent)}), state
+
+
+def begun(given: dict[str, Any]) -> tuple[Config, dict[str, Any] | None]:
+    """The config of the run that train.py's flags name, and the state that it goes on from; a new run has none."""
+    if given.pop("resume", False):
+        return resumed(given)
+    if again := restarted(given):
+        return resumed(again)
+    return preset(**new_settings(given)), None

@@ -21,7 +21,7 @@ loaders.glyphs loaders.mnist
 loaders.* loaders.sources
 dataset
 support.published support.pictures support.autoencoder support.checkpoint support.classifier
-support.metrics support.sampling support.prepare support.scene_judge
+support.metrics support.sampling support.outputs support.prepare support.scene_judge
 support.run_state support.watching support.run_log
 inference
 train evaluate benchmark
