@@ -98,8 +98,10 @@ def thinned(ink: Tensor) -> Tensor:
 
 def lines_of(digits: Tensor) -> Tensor:
     """The lines (N, 56, 56) bool that a pen follows to write digits (N, 1, 28, 28) uint8, at twice their size."""
-    x = F.interpolate(digits.float(), scale_factor=2, mode="bilinear").squeeze(1)
-    return thinned(x > 0.35 * x.amax((1, 2), keepdim=True))  # of its own blackest: some are faint
+    x = digits.float()
+    # Ink is what is black beside its surroundings: a bold digit's loops stay open, and faint strokes stay whole.
+    blackest = torch.maximum(F.max_pool2d(x, 11, stride=1, padding=5), x.amax((1, 2, 3), keepdim=True) / 2)
+    return thinned(F.interpolate(x - 0.5 * blackest, scale_factor=2, mode="bicubic").squeeze(1) > 0)
 
 
 def distances(lines: Tensor, reach: int) -> Tensor:

@@ -94,13 +94,23 @@ def test_lines_are_thin_and_in_as_many_pieces_as_the_digit(glyphs):
     lines, eight = lines_of(digits), torch.ones(3, 3)
     big = torch.nn.functional.interpolate(digits.float(), scale_factor=2, mode="bilinear").squeeze(1)
     whole = 0
-    for line, ink in zip(lines, big > 0.35 * big.amax((1, 2), keepdim=True)):
-        assert not (line & ~ink).any()
-        whole += label(line, eight)[1] == label(ink, eight)[1]
+    for line, x in zip(lines, big / big.amax((1, 2), keepdim=True)):
+        assert x[line].min() > 0.2  # where the digit has ink
+        whole += label(line, eight)[1] == label(x > 0.35, eight)[1]
         blocks = torch.nn.functional.avg_pool2d(line[None, None].float(), 2, 1)
         assert (blocks == 1).sum() <= 2  # hardly a square of four
-    assert whole >= 0.97 * len(lines)  # a square of four pixels, apart from the rest, is known to vanish
+    assert whole >= 0.9 * len(lines)  # a square of four pixels, apart from the rest, is known to vanish
     assert (lines.sum((1, 2)) < 0.4 * (big > 90).sum((1, 2))).float().mean() > 0.9
+
+
+def test_the_loop_of_a_bold_digit_stays_open_and_a_faint_stroke_whole():
+    digits = torch.zeros(2, 1, 28, 28)
+    digits[0, 0, 6:22, 6:22] = 255
+    digits[0, 0, 13:15, 13:15] = 100  # the hole of a bold 0, half filled
+    digits[1, 0, 4:24, 8:10] = 255
+    digits[1, 0, 13:15, 10:22] = 160  # a bar hardly more than half as black
+    bold, faint = lines_of(digits.byte())
+    assert label(~bold)[1] == 2 and faint[26:30, 26:40].any(0).all()
 
 
 def test_distances_are_scipys_up_to_their_reach():
