@@ -321,8 +321,8 @@ def test_prompts_are_drawn_in_turn(caption_file, tmp_path):
 
 def test_rows_are_named_by_their_captions(caption_file, tmp_path, monkeypatch):
     named = []
-    monkeypatch.setattr(outputs, "save_strip", lambda frames, names, path: named.append((len(frames[0]), names)))
-    monkeypatch.setattr(inference, "save_png", lambda images, path, columns, labels: named.append(labels))
+    monkeypatch.setattr("support.outputs.save_strip", lambda frames, names, path: named.append((len(frames[0]), names)))
+    monkeypatch.setattr("support.outputs.save_png", lambda images, path, columns, labels: named.append(labels))
     infer(caption_file, "--output", tmp_path / "a.png", "--prompt", "the top left", "--prompt", "")
     infer(caption_file, "--output", tmp_path / "a.png")  # those of its data that the config keeps
     infer(caption_file, "--output", tmp_path / "a.png", "--num-samples", 3, "--prompt", "left", "--prompt", "top")
