@@ -40,8 +40,7 @@ from support.run_log import RunLog, print_summary
 from support.run_state import begun, refuse_trained, restore_run, save_run
 from variants.muon import muon_for
 
-# Fields that are no flags.
-OF_THE_DATA = ("in_channels", "num_classes", "class_names", "caption_length", "captions", "latents")
+OF_THE_DATA = ("in_channels", "num_classes", "class_names", "caption_length", "captions", "latents")  # are no flags
 
 
 def learning_rate_at(step: int, config: Config) -> float:
@@ -106,10 +105,9 @@ def save_samples(step: int, ema: nn.Module, config: Config, vae: nn.Module | Non
     config = config.replace(sample_steps=min(config.sample_steps, 50))  # a preview
     for x in denoise(ema, config, y, torch.Generator(device).manual_seed(config.seed)):
         pass
-    labels = [names[i] for i in some] if config.class_names else None
     path = config.run_dir / "samples" / f"step_{step:07d}.png"
     if distributed.first():
-        save_png(decode(vae, x), path, columns=8, labels=labels)
+        save_png(decode(vae, x), path, columns=8, labels=config.class_names and [names[i] for i in some])
     return path
 
 
@@ -207,8 +205,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("Train a DiT on digits, or on your own pictures. Defaults are those of preset digits.")
     parser.add_fields(*(f.name for f in dataclasses.fields(Config) if f.name not in OF_THE_DATA))
-    resume_help = "go on from the checkpoint in --out-dir, exactly"
-    parser.group("basics").add_argument("--resume", action="store_true", help=resume_help)
+    parser.group("basics").add_argument("--resume", action="store_true", help="go on from --out-dir's checkpoint")
     with distributed.joined():
         given = vars(parser.parse_args(argv))
         train(*begun(given))

@@ -64,6 +64,8 @@ def prepare(config: Config, device: torch.device) -> tuple[Config, Dataset, nn.M
     data = load_dataset(config.dataset, config.data_folder, image_size=size, skip_damaged=config.skip_damaged)
     if vae:
         data = encode_dataset(data, vae, config.data_folder, config.flip)
+    if config.flip and data.caption_length:
+        raise UserError("--flip would turn left and right round in images, but not in their captions; leave it out")
     side = data.images.shape[-1]
     changes = dict(
         dataset=data.name,

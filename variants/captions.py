@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dit_block import Attention, attend, layer_norm
+from dit_block import Attention, layer_norm
 
 
 class Words(NamedTuple):
@@ -61,6 +61,4 @@ class TextEmbedder(BagOfWords):
     def forward(self, y: Tensor) -> Words:
         mean, tokens, mask = self.embed(y)
         tokens = self.norm(tokens + self.pos_embed)
-        query, key, value = self.attn.qkv(tokens).chunk(3, dim=2)
-        tokens = tokens + self.attn.proj(attend(query, key, value, self.attn.num_heads, mask))
-        return Words(mean, tokens, mask)
+        return Words(mean, tokens + self.attn(tokens, mask), mask)
