@@ -263,7 +263,7 @@ def read_pack(folder: Path, key: str) -> Pack | None:
         # Read only: a private copy (mode "c") that could not be held in memory the system refuses to map.
         images = np.load(folder / "images.npy", mmap_mode="r")
         labels = np.load(folder / "labels.npy")
-        if images.ndim != 4 or labels.shape != images.shape[:1]:
+        if images.ndim != 4 or labels.shape[:1] != images.shape[:1]:  # of captions there is a second dimension
             return None
     except (FileNotFoundError, NotADirectoryError, ValueError, EOFError, KeyError, TypeError):
         return None

@@ -69,7 +69,7 @@ def build_model(config: Config) -> DiT:
         sizes = (config.num_classes, config.caption_length, config.hidden_size)
         y_embedder = TextEmbedder(*sizes, config.num_heads) if block.reads_words else BagOfWords(*sizes)
     elif config.block == "joint-attention":
-        raise UserError("block joint-attention reads captions, such as those of --dataset scenes; labels are none")
+        raise UserError("block joint-attention is for captions, such as those of --dataset scenes; these are labels")
     return DiT(
         image_size=config.image_size,
         patch_size=config.patch_size,

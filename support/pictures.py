@@ -87,7 +87,7 @@ def save_strip(frames: dict[int, Tensor], labels: list[str], path: str | Path) -
     height, width = (side // pitch for side in picture.shape[:2])
     names = [shortened(str(label)) for label in labels]
     numbers = all(name.isdecimal() for name in names)
-    room = 0.6 if numbers else 0.5 + max(map(letters(10).getlength, names)) / 72  # inches at the left
+    room = 0.6 if numbers else 0.7 + max(map(letters(10).getlength, names)) / 72  # inches at the left
     figure = Figure(figsize=(0.6 * width + room, 0.6 * height + 0.6), layout="constrained")
     axes = figure.subplots()
     axes.imshow(picture, interpolation="nearest")

@@ -1,8 +1,13 @@
 import pytest
 import torch
+from conftest import random_dit
 from torch import nn
 
+from diffusion import Diffusion
+from support.checkpoint import BLOCKS
+from support.speed import count_gflops
 from variants.captions import BagOfWords, TextEmbedder
+from variants.learned_variance import bits_per_dim
 
 WORDS, NULL = 12, 12  # with the padding, word 0; and the number of the null condition
 CAPTIONS = torch.tensor([[1, 5, 7, 3, 0, 0], [4, 0, 0, 0, 0, 0], [11, 2, 2, 9, 8, 1]])
@@ -86,3 +91,15 @@ def test_words_tell_each_other_as_in_torchs_attention():
     expected = x + theirs(x, x, x, key_padding_mask=CAPTIONS == 0)[0]
     mask = CAPTIONS > 0
     assert torch.allclose(text(CAPTIONS).tokens[mask], expected[mask], atol=1e-5)
+
+
+@pytest.mark.parametrize("block", ["adaLN-Zero", "cross-attention", "joint-attention"])
+def test_captions_have_a_bound_and_gflops_as_labels_do(block):
+    bag, text = embedders()
+    model = random_dit(
+        image_size=8, num_classes=WORDS, block=block, y_embedder=text if BLOCKS[block].reads_words else bag
+    )
+    process, x0 = Diffusion(num_timesteps=4), torch.rand(3, 1, 8, 8) * 2 - 1
+    bits = bits_per_dim(process, model, x0, CAPTIONS, torch.Generator().manual_seed(0))
+    assert bits.shape == (3,) and bits.isfinite().all()
+    assert count_gflops(model) > 0

@@ -270,7 +270,7 @@ def test_a_model_of_captions_comes_back_as_it_was(caption_file):
         (dict(class_names=("-", "a")), "class_names .'-', 'a'. are not a name for each of 6 classes"),
         (dict(num_classes=7, class_names=tuple("abcdefg")), "num_classes 6, but its config says 7"),
         (dict(block="joint-attention"), "blocks.0.image.adaLN_modulation.1.weight is missing"),
-        (dict(block="joint-attention", caption_length=None), "block joint-attention reads captions"),
+        (dict(block="joint-attention", caption_length=None), "block joint-attention is for captions"),
         (dict(block="in-context"), "y_embedder.pos_embed is no part|norm_cross.weight is no part"),
     ],
 )

@@ -101,7 +101,10 @@ def walk(gpu, tmp_path, monkeypatch, **changes):
     """train.train on the GPU that is not there, all but its files; returns what it copied."""
     config = Config(**SMALL | dict(out_dir=str(tmp_path / "run"), flip=True) | changes)
     monkeypatch.setattr(train, "choose_device", lambda name: GPU)
-    monkeypatch.setattr(train, "prepare", lambda config, device: (config, some_data(), None))
+    data = some_data()
+    if config.caption_length:
+        data = data._replace(labels=data.labels[:, None].expand(-1, config.caption_length).contiguous())
+    monkeypatch.setattr(train, "prepare", lambda config, device: (config, data, None))
     monkeypatch.setattr(train, "build_model", on_gpu)
     monkeypatch.setattr(train, "copy", SimpleNamespace(deepcopy=lambda model: on_gpu(config)))
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
@@ -120,6 +123,14 @@ def test_a_run_of_every_process_stays_on_the_gpu(process, gpu, tmp_path, monkeyp
 @pytest.mark.parametrize("changes", [*(dict(block=name) for name in OF_LABELS), dict(optimizer="muon")], ids=str)
 def test_a_run_of_every_block_and_optimizer_stays_on_the_gpu(changes, gpu, tmp_path, monkeypatch):
     walk(gpu, tmp_path, monkeypatch, train_steps=1, **changes)
+
+
+@pytest.mark.parametrize("block", ["adaLN-Zero", "cross-attention", "joint-attention"])
+def test_a_run_of_captions_stays_on_the_gpu_and_reads_nothing_from_it(block, gpu, tmp_path, monkeypatch):
+    captions = dict(block=block, num_classes=3, class_names=("-", "a", "b"), caption_length=4, captions=("a b", "b"))
+    few = walk(gpu, tmp_path / "few", monkeypatch, train_steps=2, **captions)
+    assert walk(gpu, tmp_path / "more", monkeypatch, train_steps=30, log_every=15, sample_steps=1, **captions) == few
+    assert 0 < gpu.reads <= 4
 
 
 @pytest.mark.parametrize("process", [PROCESSES[0], PROCESSES[3], PROCESSES[4]], ids=str)

@@ -4,13 +4,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_vae
+from conftest import CAPTIONS, load_corners, tiny_vae
 
+import dataset
+from config import Config
 from dataset import Dataset, normalize
 from loaders.latents import draw_latents, pack_latents
 from loaders.packing import read_pack
 from support import autoencoder
 from support.errors import UserError
+from support.prepare import prepare
 
 IMAGES = torch.randint(256, (150, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(150) % 3
@@ -130,3 +133,11 @@ def test_from_pictures_to_latents_and_back_through_diffusers(tmp_path):
         expected = vae.decode(sample).sample
     assert torch.allclose(x0, (sample - 0.1) * 0.7, atol=2e-3)
     assert torch.allclose(autoencoder.decode(vae, x0), expected, atol=1e-2)
+
+
+def test_latents_of_images_with_captions_keep_them(vae_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(dataset.DATASETS, "corners", load_corners)
+    config = Config(dataset="corners", data_dir=str(tmp_path), vae=str(vae_dir), patch_size=2)
+    config, data, _ = prepare(config, torch.device("cpu"))
+    assert config.latents and (config.caption_length, config.captions) == (3, tuple(CAPTIONS))
+    assert torch.equal(data.labels, load_corners("", True)[1]) and len(data.images) == 4

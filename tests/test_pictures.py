@@ -138,6 +138,15 @@ def test_names_stand_whole_at_the_left_of_a_strip_whatever_is_in_them(rows, colu
     assert axes.get_ylabel() == ""
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_a_strip_has_room_for_the_longest_captions(rows, figures, tmp_path):
+    captions = ["a thick three left of a thick seven"] * rows
+    save_strip({i: torch.zeros(rows, 1, 28, 28) for i in range(13)}, captions, tmp_path / "strip.png")
+    (axes,) = figures[0][0].axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == captions
+    assert min(text.get_window_extent().x0 for text in axes.get_yticklabels()) >= 0
+
+
 def test_a_long_name_is_shortened_to_one_line():
     assert shortened("Ankle boot") == "Ankle boot" and shortened("a" * 36) == "a" * 36
     assert (

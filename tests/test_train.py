@@ -478,6 +478,6 @@ def test_captions_train_in_every_way_that_a_machine_asks_for(tmp_path):
 
 
 def test_labels_for_a_block_of_captions_are_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(UserError, match="block joint-attention reads captions, such as those of --dataset scenes"):
+    with pytest.raises(UserError, match="block joint-attention is for captions, such as those of --dataset scenes"):
         fit(tmp_path / "run", "--block", "joint-attention", "--train-steps", 1)
     assert not (tmp_path / "run").exists()
