@@ -24,7 +24,7 @@ from support.command_line import counted
 from support.errors import NotAvailable, UserError
 
 DIGITS = "zero one two three four five six seven eight nine".split()
-PENS = {"thin": 1.0, "": 1.7, "thick": 2.5}  # widths of strokes, in pixels of the scene
+PENS = {"thin": 1.0, "": 1.7, "thick": 2.3}  # widths of strokes, in pixels of the scene
 RELATIONS = ("left of", "above")
 WORDS = ("-", "a", "thin", "thick", "left", "of", "above", *DIGITS)  # the first is the padding
 LENGTH = 8  # of the longest caption: a thick three left of a thick seven

@@ -770,7 +770,7 @@ class NearestCrop:
 
     def read(self, images):
         nearest = torch.cdist(images.flatten(1).float(), self.known).argmin(1)
-        return None, torch.nn.functional.one_hot(self.labels[nearest], 10)
+        return None, torch.nn.functional.one_hot(self.labels[nearest], 10).float()
 
 
 @pytest.fixture
