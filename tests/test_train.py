@@ -431,7 +431,7 @@ def read_corners(path, captions):
 def test_captions_are_learnt_in_each_of_three_ways(block, tmp_path, capsys):
     flags = ["--dataset", "corners", "--block", block, "--train-steps", 200, "--learning-rate", 5e-3]
     fit(tmp_path, *flags, "--batch-size", 32, "--ema-decay", 0.98, "--time-mean", 2.5)  # at much noise captions matter
-    assert "4 images of (1, 8, 8), captions of 5 words" in capsys.readouterr().out
+    assert "4 images of (1, 8, 8), captions, of 5 different words" in capsys.readouterr().out
     config = load_model(tmp_path / "model.pth")[1]
     assert (config.num_classes, config.caption_length, config.class_names) == (6, 3, tuple(WORDS))
     assert config.captions == tuple(CAPTIONS)
