@@ -10,13 +10,13 @@ from support.files import load_file, save_file, warn
 
 
 def kept(
-    path: Path, what: str, key: str, shape: tuple[int, ...], draw: Callable[[], tuple[Tensor, Tensor]]
+    path: Path, what: str, key: Callable[[], str], shape: tuple[int, ...], draw: Callable[[], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """Images (N, 1, 28, 28) and labels (N, *shape) from a file, or as `draw` gives them, which are then kept there.
 
     Args:
         what: what they are called, in the plural.
-        key: for another one than the file's they are drawn anew.
+        key: tells a key; for another one than the file's they are drawn anew.
 
     Raises:
         UserError: if the file is damaged, or cannot be read.
@@ -29,13 +29,13 @@ def kept(
         with believing(f"{path} holds no {what}; delete it to have them drawn anew"):
             images, labels, *origin = content
             images, labels = images.view(-1, 1, 28, 28), labels.view(len(images), *shape)
-        if origin in ([], [key]):  # earlier versions, which drew the same glyphs, did not keep it
+        if origin in ([], [key()]):  # earlier versions, which drew the same glyphs, did not keep it
             return images, labels
         warn(f"the {what} of {path} were drawn by another version, so they are drawn anew")
     images, labels = draw()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file([images, labels, key], path)
+        save_file([images, labels, key()], path)
     except (OSError, UserError) as error:
         warn(f"the {what} are drawn anew each time: {error}")
     return images, labels

@@ -89,5 +89,5 @@ def load_glyphs(data_dir: str, train: bool) -> tuple[Tensor, Tensor]:
     """
     path = Path(data_dir) / "glyphs" / ("train.pth" if train else "test.pth")
     return kept(
-        path, "glyphs", drawn_by(), (), lambda: draw_glyphs(60_000, seed=0) if train else draw_glyphs(10_000, seed=1)
+        path, "glyphs", drawn_by, (), lambda: draw_glyphs(60_000, seed=0) if train else draw_glyphs(10_000, seed=1)
     )

@@ -196,4 +196,4 @@ def load_scenes(data_dir: str | Path, train: bool) -> tuple[Tensor, Tensor, list
         return draw_scenes(digits, labels, chosen, seed)
 
     path = Path(data_dir) / "scenes" / ("train.pth" if train else "test.pth")
-    return *kept(path, "scenes", key.hexdigest(), (LENGTH,), draw), list(WORDS)
+    return *kept(path, "scenes", key.hexdigest, (LENGTH,), draw), list(WORDS)

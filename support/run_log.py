@@ -24,7 +24,9 @@ def print_summary(config: Config, model: nn.Module, data: Dataset, device: torch
     """What will be done, before it is: a line on each part."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     images = f"{len(data.labels):,} images of {(data.channels, *data.images.shape[2:])}"  # of latents more is kept
-    labels = f"captions, of {config.num_classes - 1} different words" if config.caption_length else f"{config.num_classes} labels"
+    labels = f"{config.num_classes} labels"
+    if config.caption_length:
+        labels = f"captions, of {config.num_classes - 1} different words"
     options = ("prediction", *OPTIONS[config.process], "time_sampling", "time_mean")
     threads = f"{torch.get_num_threads()} threads" + (f" in each of {processes()} processes" if processes() > 1 else "")
     print(f"device     {device}, {config.precision}, {threads}, compile {config.compile}")
