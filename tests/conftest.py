@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmark import relative_error
 from dataset import load_dataset, normalize
 from dit import DiT
 from loaders.mnist import MNIST_FILES
@@ -134,3 +136,21 @@ def read_digits(mnist_dir):
     data = load_dataset("mnist", mnist_dir)
     digits = normalize(data.images).flatten(1)
     return lambda images: data.labels[torch.cdist(images.flatten(1), digits).argmin(1)]
+
+
+def assert_same_in_bf16(model: DiT, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
+    """Nearly the same output, and no warning, by autocast and with weights of bf16, which the model has afterwards."""
+    expected = model(x, t, y)
+    with warnings.catch_warnings(action="error"):
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = model(x, t, y)
+        whole = model.bfloat16()(x.bfloat16(), t, y)
+    for out in (cast, whole):
+        assert out.dtype == torch.bfloat16 and 0 < relative_error(out.float(), expected) < 0.02
+
+
+def assert_compiles_to_one_graph(model: DiT, *batch: torch.Tensor) -> None:
+    """Traced with its backward pass, without a break; code is not generated, which takes a minute."""
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(*batch).square().mean().backward()
+    assert relative_error(compiled(*batch), model(*batch)) < 1e-5

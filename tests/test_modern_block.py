@@ -1,9 +1,7 @@
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_dit
+from conftest import assert_compiles_to_one_graph, assert_same_in_bf16, random_dit
 from torch import nn
 
 from benchmark import relative_error
@@ -118,20 +116,8 @@ def test_activation_checkpointing_changes_no_gradient():
 
 
 def test_in_bf16_it_computes_nearly_the_same_and_says_nothing():
-    """By autocast, and with weights of bf16."""
-    model, (x, t, y) = modern_dit(), BATCH
-    expected = model(x, t, y)
-    with warnings.catch_warnings(action="error"):
-        with torch.autocast("cpu", torch.bfloat16):
-            cast = model(x, t, y)
-        whole = model.bfloat16()(x.bfloat16(), t, y)
-    for out in (cast, whole):
-        assert out.dtype == torch.bfloat16 and 0 < relative_error(out.float(), expected) < 0.02
+    assert_same_in_bf16(modern_dit(), *BATCH)
 
 
 def test_the_compiler_makes_one_graph_of_a_model():
-    """Traced with its backward pass, without a break; code is not generated, which takes a minute."""
-    model = modern_dit()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    compiled(*BATCH).square().mean().backward()
-    assert relative_error(compiled(*BATCH), model(*BATCH)) < 1e-5
+    assert_compiles_to_one_graph(modern_dit(), *BATCH)
