@@ -29,7 +29,7 @@ SMALL = {
     | dict(HIDDEN_SIZE=16, DEPTH=1, COLUMNS=6),
     "paper": dict(SIZES_SHOWN=["DiT-S/8"]),
     "words": dict(DATASET="glyphs", NUM_DIGITS=200, NUM_CAPTIONS=4, NUM_GUIDED=4, NUM_WATCHED=3, COLUMNS=2)
-    | dict(CFG_SCALES=[0, 1, 2], SHARES=[0, 1], SLIDER_STEPS=1),
+    | dict(CFG_SCALES=[0, 1, 2], SHARES=[0, 1], SLIDER_STEPS=3),
 }
 # What a reader does to a notebook that has run: a last cell.
 AFTERWARDS = {
