@@ -1,4 +1,4 @@
-"""Run the notebooks and keep what they show: `python -m docs.notebooks [NAME ...]`, or `make notebooks` for all five.
+"""Run the notebooks and keep what they show: `python -m docs.notebooks [NAME ...]`, or `make notebooks` for all six.
 
 Each is written back with its outputs and a fingerprint of what it ran, so that a test can tell when a notebook, or a
 file that it reads, has changed since (tests/test_notebooks.py). Some minutes on two cores, most of them
@@ -15,7 +15,8 @@ from nbconvert.preprocessors import ExecutePreprocessor
 from config import ROOT
 
 FOLDER = ROOT / "notebooks"
-NAMES = ("diffusion", "train", "inference", "your_images", "paper")
+NAMES = ("diffusion", "train", "inference", "your_images", "paper", "words")
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def fingerprint(notebook: nbformat.NotebookNode) -> str:
@@ -30,11 +31,18 @@ def fingerprint(notebook: nbformat.NotebookNode) -> str:
 
 
 def run(name: str) -> None:
-    """Run a notebook from top to bottom, and write it with its outputs, its fingerprint and no times of day."""
+    """Run a notebook from top to bottom, and write it with its outputs, its fingerprint and no times of day.
+
+    Widgets, which live only as long as the kernel, leave nothing.
+    """
     path = FOLDER / f"{name}.ipynb"
     notebook = nbformat.read(path, as_version=4)
     ran = ExecutePreprocessor(timeout=3600, record_timing=False)
     ran.preprocess(notebook, {"metadata": {"path": FOLDER}})
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
     notebook.metadata["fingerprint"] = fingerprint(notebook)
     nbformat.write(notebook, path)
 

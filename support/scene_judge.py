@@ -3,6 +3,9 @@
 The relation is where the ink is spread further. Each half is cropped about its middle; the digit in it is read by a
 classifier of half-size digits (support/classifier.py), its strokes by their ink and its edges. Classifier and limits
 between the widths come from the training scenes; the test scenes, and anything generated, they have not seen.
+
+`python -m support.scene_judge FILE` writes the judge to a file: notebooks/words.ipynb measures with the same one
+everywhere, and where there is no MNIST to learn from.
 """
 
 from pathlib import Path
@@ -12,8 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import Config
+from dataset import load_dataset
 from loaders.scenes import PENS, Scenes, scenes_of
-from support.classifier import Classifier, judge_of
+from support.classifier import Classifier, judge_of, load_classifier
+from support.command_line import Parser, run_script, shown
+from support.errors import believing
+from support.files import load_file, save_file
 
 CROP = 16  # pixels a side, of a half-size digit and a margin
 RIGHT = ("both digits", "relation", "digits and relation", "thickness", "all")  # what may be right
@@ -91,6 +99,16 @@ def scene_judge_of(data_dir: str | Path, images: Tensor, captions: Tensor) -> Sc
     return SceneJudge(judge_of("scenes", data_dir, digits[:, None], numbers), limits)
 
 
+def load_scene_judge(path: str | Path) -> SceneJudge:
+    """The judge of a file that `python -m support.scene_judge` wrote; UserError if it holds none."""
+    classifier, _ = load_classifier(path)
+    with believing(f"{path} holds no judge of scenes"):
+        limits = load_file(path)["limits"].float()
+        if limits.shape != (10, len(PENS) - 1) or not limits.isfinite().all():
+            raise ValueError("its limits are not those between the widths of pens")
+    return SceneJudge(classifier, limits)
+
+
 def obedience(asked: Scenes, read: Scenes) -> dict[str, float]:
     """Shares of scenes that show what was asked for, of pairs of digits seen in training, and of unseen ones if any.
 
@@ -111,3 +129,18 @@ def obedience(asked: Scenes, read: Scenes) -> dict[str, float]:
         if group.any()
         for name, values in zip(RIGHT, right)
     }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser("Write the judge of scenes to a file.")
+    parser.usage = "python -m support.scene_judge FILE"
+    parser.add_argument("file", metavar="FILE", help="the file to write, such as notebooks/words/judge.pth")
+    path, data_dir = parser.parse_args(argv).file, Config().data_folder
+    train = load_dataset("scenes", data_dir)
+    judge = scene_judge_of(data_dir, train.images, train.labels)
+    save_file({"model": judge.classifier.state_dict(), "limits": judge.limits}, path)
+    print(f"written: {shown(path)}")
+
+
+if __name__ == "__main__":
+    run_script(main)

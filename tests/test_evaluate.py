@@ -851,3 +851,21 @@ def test_what_is_no_scene_is_not_judged_as_one(scenes_dir, small):
     ):
         np.savez(scenes_dir / "bad.npz", *arrays)
         assert message in refusal("--npz", scenes_dir / "bad.npz", "--dataset", "scenes")
+
+
+def test_the_judge_of_scenes_is_the_same_from_its_file(scenes_dir, monkeypatch, capsys):
+    judge, path = random_classifier(torch.zeros(1, 1), torch.tensor([9]), None).eval(), scenes_dir / "judge.pth"
+    monkeypatch.setattr(scene_judge, "judge_of", lambda *_: judge)
+    scene_judge.main([str(path)])
+    assert f"written: {path}" in capsys.readouterr().out
+    train, loaded = load_dataset("scenes", scenes_dir), scene_judge.load_scene_judge(path)
+    x = torch.randint(256, (20, 1, 16, 16)).byte()
+    torch.testing.assert_close(loaded.classifier.read(x)[1], judge.read(x)[1])
+    assert torch.equal(loaded.limits, scene_judge.scene_judge_of(scenes_dir, train.images, train.labels).limits)
+    for limits in ({}, {"limits": torch.ones(10)}, {"limits": torch.full((10, 2), torch.nan)}):
+        save_file({"model": judge.state_dict(), **limits}, path)
+        with pytest.raises(UserError, match="judge.pth holds no judge of scenes"):
+            scene_judge.load_scene_judge(path)
+    save_file({"limits": torch.ones(10, 2)}, path)
+    with pytest.raises(UserError, match="judge.pth holds no classifier"):
+        scene_judge.load_scene_judge(path)
