@@ -48,7 +48,8 @@ PRESETS = {
     # One's own pictures, in an hour on one core; the patch follows from their size.
     "pictures": TEXTURED | dict(patch_size=None, hidden_size=256, train_steps=4500),
     # Captions instead of labels: scenes of two digits, in twenty minutes.
-    "words": dict(dataset="scenes", block="joint-attention", patch_size=4, hidden_size=128, depth=4, train_steps=6000),
+    "words": dict(dataset="scenes", block="joint-attention", patch_size=7, hidden_size=128, depth=4, train_steps=5000)
+    | dict(optimizer="muon", cfg_scale=3.0, cfg_low=0.2, cfg_high=1.0),
     "classic": ORIGINAL  # the recipe of a well-known teaching repository, in this one's model and loop, cut short
     | dict(patch_size=4, hidden_size=64, depth=3, loss="l1", learning_rate=1e-3, batch_size=300, train_steps=2000)
     | dict(sample_steps=1000, cfg_scale=1.0),
@@ -58,8 +59,8 @@ PAPER = ORIGINAL | dict(image_size=32, learn_sigma=True, sample_steps=250, cfg_s
 PAPER |= dict(learning_rate=1e-4, batch_size=256, ema_decay=0.9999, train_steps=400_000)
 PRESETS |= {name: PAPER | sizes for name, sizes in PAPER_MODELS.items()}
 # The preset of a dataset where none is named; for others it is pictures.
-PRESET_OF = {"auto": "digits", "mnist": "digits", "glyphs": "digits", "fashion": "fashion", "kmnist": "fashion"}
-PRESET_OF |= {"scenes": "words"}
+PRESET_OF = {"auto": "digits", "mnist": "digits", "glyphs": "digits", "scenes": "words"}
+PRESET_OF |= {"fashion": "fashion", "kmnist": "fashion"}
 
 
 @dataclass(frozen=True)
