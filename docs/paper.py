@@ -1,6 +1,7 @@
 """The paper's experiments in miniature, measured: `python -m docs.paper [blocks] [sizes] [sampling]`, a few hours.
 
-    blocks     the four designs of conditioning against training steps (Peebles & Xie, Figure 5), two seeds each
+    blocks     the four designs of conditioning against training steps (Peebles & Xie, Figure 5), two seeds each; and
+               the modern block beside them
     sizes      models of four sizes on three sizes of patches, against their Gflops (Figures 6 and 8)
     sampling   the same models, drawing with more and fewer steps (Figure 10)
 
@@ -37,7 +38,7 @@ MODELS = [dict(patch_size=patch_size, **size) for patch_size in (14, 7, 4) for s
 def plan(experiment: str) -> list[tuple[dict, int, int]]:
     """The fields of the model, training steps and sampling steps of each of the experiment's figures."""
     if experiment == "blocks":
-        designs = ("in-context", "cross-attention", "adaLN", "adaLN-Zero")
+        designs = ("in-context", "cross-attention", "adaLN", "adaLN-Zero", "modern")
         fields = [dict(patch_size=7, **SIZES[1], block=block, seed=seed) for seed in (0, 1) for block in designs]
         return [(model, step, SAMPLE_STEPS) for model in fields for step in (250, 500, 1000, 2000, 4000)]
     if experiment == "sizes":
