@@ -150,8 +150,8 @@ def scale_by_captions(train: Dataset, test: Dataset, count: int, data_dir: Path)
     """The shares of scenes that obey their captions; of real ones, of the first `count` test scenes."""
     judge = scene_judge_of(data_dir, crop(train.images, train.size), train.labels)
 
-    def measure_scenes(images: Tensor, captions: Tensor | None) -> dict[str, float]:
-        return {} if captions is None else obedience(scenes_of(captions), judge.read(images))
+    def measure_scenes(images: Tensor, captions: Tensor) -> dict[str, float]:
+        return obedience(scenes_of(captions), judge.read(images))
 
     unseen = mixed_order(test.labels)[:count]
     real = measure_scenes(crop(test.images, test.size)[unseen], test.labels[unseen])
@@ -246,15 +246,23 @@ def check_kind(caption_length: int | None, data: Dataset, what: str) -> None:
 
 def check_fit(shape: tuple[int, int, int], labels: Tensor | None, data: Dataset) -> None:
     """Refuse images of a shape (C, H, W), or labels (N,) or captions (N, L), that cannot be some of data's."""
-    channels, classes = data.images.shape[1], data.num_classes
+    channels = data.images.shape[1]
     padded = shape[1] == shape[2] >= max(data.size)
     if shape[0] != channels or not (padded or shape[1:] == data.size):
         what = "images of {1} x {2} pixels and {0} channels do not compare with".format(*shape)
         raise UserError(f"{what} {data.name}'s, of {data.size[0]} x {data.size[1]} and {channels}; name --dataset")
     if labels is not None:
         check_kind(labels.shape[1] if labels.ndim == 2 else None, data, "arr_1 has")
-    if labels is not None and not 0 <= labels.min() <= labels.max() < classes:
-        raise UserError(f"labels {labels.min()} to {labels.max()} are not all of {data.name}'s, 0 to {classes - 1}")
+    most = data.num_classes - (0 if data.caption_length else 1)  # the empty caption, too, is one that can be drawn
+    if labels is not None and not 0 <= labels.min() <= labels.max() <= most:
+        raise UserError(f"labels {labels.min()} to {labels.max()} are not all of {data.name}'s, 0 to {most}")
+
+
+def check_scenes(captions: Tensor | None, path: str) -> None:
+    """Refuse images of no captions, or of captions of no scene, before the minutes that their judge may take."""
+    if captions is None:
+        raise UserError(f"{path} has no captions (arr_1); without them it cannot be told whether scenes obey")
+    scenes_of(captions)
 
 
 def check_model(config: Config, shape: tuple[int, int, int], data: Dataset, path: str) -> None:
@@ -395,8 +403,6 @@ def main(argv: list[str] | None = None) -> None:
         refuse_others(given, "the images of --npz")
         images, labels = read_npz(npz)
         shape, num_samples = tuple(images.shape[1:]), len(images)
-        if labels is None and not fid:
-            warn(f"{npz} has no labels (arr_1), so that the accuracy cannot be told")
     else:
         num_samples, checkpoint = given.pop("num_samples", None), given.pop("checkpoint", ROOT / "model.pth")
         if num_samples and not fid:
@@ -414,6 +420,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--fid is of grey images or of colour; {train.name}'s have {train.images.shape[1]} channels")
     if npz:
         check_fit(shape, labels, train)
+        if train.caption_length and not fid:
+            check_scenes(labels, npz)
+        elif labels is None and not fid:
+            warn(f"{npz} has no labels (arr_1), so that the accuracy cannot be told")
     else:
         grey = vae is not None and train.images.shape[1] == 1  # what a VAE draws has always three channels
         check_model(config, (1, *shape[1:]) if grey else shape, train, checkpoint)

@@ -62,10 +62,10 @@ def prepare(config: Config, device: torch.device) -> tuple[Config, Dataset, nn.M
     # Of a run that goes on, image_size is the latents' already; of a new one it is the images'.
     size = config.image_size * downsampling(vae) if config.latents else config.image_size
     data = load_dataset(config.dataset, config.data_folder, image_size=size, skip_damaged=config.skip_damaged)
-    if vae:
-        data = encode_dataset(data, vae, config.data_folder, config.flip)
     if config.flip and data.caption_length:
         raise UserError("--flip would turn left and right round in images, but not in their captions; leave it out")
+    if vae:
+        data = encode_dataset(data, vae, config.data_folder, config.flip)
     side = data.images.shape[-1]
     changes = dict(
         dataset=data.name,

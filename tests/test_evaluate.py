@@ -832,7 +832,7 @@ def test_scenes_are_judged_by_what_they_show(scenes_dir, capsys):
     assert figures["both digits, seen"] > 0.8 and figures["relation, seen"] < 0.2 and figures["thickness, seen"] > 0.9
 
 
-def test_what_is_no_scene_is_not_judged_as_one(scenes_dir, small):
+def test_what_is_no_scene_is_not_judged_as_one(scenes_dir, small, monkeypatch):
     checkpoint = save_words_model(scenes_dir / "model.pth")
     short = save_words_model(scenes_dir / "short.pth", caption_length=5)
     assert "short.pth draws captions of 5 words, and scenes has captions of 8 words" in refusal("--checkpoint", short)
@@ -843,10 +843,13 @@ def test_what_is_no_scene_is_not_judged_as_one(scenes_dir, small):
     message = "labels.pth draws labels, and scenes has captions of 8 words; name its --dataset"
     assert message in refusal("--checkpoint", labelled, "--dataset", "scenes")
     images = np.zeros((60, 28, 28), np.uint8)
+    monkeypatch.setattr(evaluate, "scene_judge_of", lambda *_: pytest.fail("a judge was made"))  # it takes minutes
     for arrays, message in (
+        ((images,), "bad.npz has no captions (arr_1)"),
         ((images, np.zeros(60, int)), "arr_1 has labels, and scenes has captions of 8 words; name its --dataset"),
         ((images, np.zeros((60, 7), int)), "arr_1 has captions of 7 words, and scenes has captions of 8 words"),
-        ((images, np.full((60, 8), 17)), "labels 17 to 17 are not all of scenes's, 0 to 16"),
+        ((images, np.full((60, 8), 18)), "labels 18 to 18 are not all of scenes's, 0 to 17"),
+        ((images, np.full((60, 8), 17)), "the caption '' is not that of a scene, such as"),  # what --prompt "" writes
         ((images, np.tile([1, 7, 0, 0, 0, 0, 0, 0], (60, 1))), "the caption 'a zero' is not that of a scene, such as"),
     ):
         np.savez(scenes_dir / "bad.npz", *arrays)

@@ -317,10 +317,15 @@ def test_known_words_keep_their_rows_and_new_ones_start_from_no_caption(tmp_path
     assert torch.allclose(b.y_embedder.pos_embed, a.y_embedder.pos_embed, atol=1e-6)
 
 
-def test_images_whose_captions_tell_left_from_right_are_not_mirrored(tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", [[], ["--vae", "any"]], ids=["pixels", "latents"])
+def test_images_whose_captions_tell_left_from_right_are_not_mirrored(flags, tmp_path, monkeypatch):
     monkeypatch.setitem(dataset.DATASETS, "corners", load_corners)
+    monkeypatch.setattr("support.prepare.open_vae", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(
+        "support.prepare.encode_dataset", lambda *_: pytest.fail("the images were encoded, which takes long")
+    )
     with pytest.raises(UserError, match="--flip would turn left and right round in images, but not in their captions"):
-        fit(tmp_path, "--dataset", "corners", "--flip", "--train-steps", 1)
+        fit(tmp_path, "--dataset", "corners", "--flip", "--train-steps", 1, *flags)
 
 
 def test_weights_for_labels_and_weights_for_captions_do_not_start_each_other(tmp_path, monkeypatch):
