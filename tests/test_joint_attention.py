@@ -5,6 +5,7 @@ from conftest import Captions, assert_compiles_to_one_graph, assert_same_in_bf16
 from benchmark import relative_error
 from config import PAPER_MODELS
 from dit import DiT
+from variants.captions import Words
 from variants.joint_attention import JointAttentionBlock
 
 NOISE = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -109,6 +110,16 @@ def test_a_model_does_not_see_its_padding_and_sees_every_word():
     model.y_embedder.embedding_table.weight.data[0] += 1  # that of the padding
     assert torch.equal(out, model(x, t, y))
     assert not torch.allclose(out, model(x, t + 50, y), rtol=1e-3)
+
+
+def test_t_and_the_mean_of_the_words_modulate_and_the_words_stand_behind_the_patches():
+    x, t_emb, mean, tokens = (torch.randn(2, *size) for size in ((9, 32), (32,), (32,), (5, 32)))
+    words = Words(mean, tokens, torch.tensor([[True, True, False, False, False], [True] * 5]))
+    entered, (c, mask) = JointAttentionBlock.enter(x, t_emb, words)
+    assert torch.equal(entered, torch.cat([x, tokens], dim=1)) and torch.equal(mask, words.mask)
+    assert torch.equal(c, t_emb + mean)
+    left, c_too = JointAttentionBlock.leave(entered, (c, mask), num_tokens=9)
+    assert torch.equal(left, x) and torch.equal(c_too, c)
 
 
 def test_a_fresh_model_predicts_zero_and_its_blocks_are_the_identity():
