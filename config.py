@@ -162,7 +162,7 @@ class Config:
             raise UserError(f"learn_sigma is an option of process diffusion, not of {self.process}; leave it out")
         if self.num_classes == 1 and not self.label_dropout and self.cfg_scale != 1:
             raise UserError(f"cfg_scale is {self.cfg_scale}; a model of one class has nothing to be guided by; give 1")
-        if self.shard and self.optimizer == "muon":  # its steps, in bf16, would be rounded otherwise in shards
+        if self.shard and self.optimizer == "muon":  # its steps are products of whole matrices
             raise UserError("shard does not go with optimizer muon, which needs whole matrices; give adamw")
         if self.eta and self.sampler != "ddim":
             raise UserError(f"eta {self.eta} is an option of sampler ddim, not of {self.sampler}; leave it out")
