@@ -47,9 +47,8 @@ PRESETS = {
     "fashion": TEXTURED | dict(patch_size=7, hidden_size=128, train_steps=9000),  # in twenty minutes
     # One's own pictures, in an hour on one core; the patch follows from their size.
     "pictures": TEXTURED | dict(patch_size=None, hidden_size=256, train_steps=4500),
-    # Captions instead of labels: scenes of two digits, in twenty minutes.
     "words": dict(dataset="scenes", block="joint-attention", patch_size=7, hidden_size=128, depth=4, train_steps=5000)
-    | dict(optimizer="muon", cfg_scale=3.0, cfg_low=0.2, cfg_high=1.0),
+    | dict(optimizer="muon", cfg_scale=3.0, cfg_low=0.2, cfg_high=1.0),  # captions instead of labels, in twenty minutes
     "classic": ORIGINAL  # the recipe of a well-known teaching repository, in this one's model and loop, cut short
     | dict(patch_size=4, hidden_size=64, depth=3, loss="l1", learning_rate=1e-3, batch_size=300, train_steps=2000)
     | dict(sample_steps=1000, cfg_scale=1.0),
