@@ -18,9 +18,10 @@ from support.options import check_option, option
 ROOT = Path(__file__).parent  # default paths start here, wherever a command is called from
 
 # What the network may predict in each process, what each samples with, and the options that only it has.
-PREDICTIONS = {"diffusion": ("noise", "x0", "v"), "flow_matching": ("x0", "v")}
-SAMPLERS = {"diffusion": ("ddpm", "ddim", "dpm++"), "flow_matching": ("euler", "heun")}
+PREDICTIONS = {"diffusion": ("noise", "x0", "v"), "flow_matching": ("x0", "v"), "consistency": ("x0",)}
+SAMPLERS = {"diffusion": ("ddpm", "ddim", "dpm++"), "flow_matching": ("euler", "heun"), "consistency": ("consistency",)}
 OPTIONS = {"diffusion": ("schedule", "loss", "learn_sigma", "clip_x0", "eta"), "flow_matching": ()}
+OPTIONS["consistency"] = ("schedule", "clip_x0", "teacher_cfg_scale")
 BLOCKS = ("in-context", "cross-attention", "adaLN", "adaLN-Zero", "modern", "joint-attention")
 # The fields that say how to sample: flags of inference.py and evaluate.py too.
 SAMPLING = ("sampler", "sample_steps", "cfg_scale", "cfg_low", "cfg_high", "eta")
@@ -49,6 +50,9 @@ PRESETS = {
     "pictures": TEXTURED | dict(patch_size=None, hidden_size=256, train_steps=4500),
     # Captions instead of labels: scenes of two digits, in twenty minutes.
     "words": dict(dataset="scenes", block="joint-attention", patch_size=4, hidden_size=128, depth=4, train_steps=6000),
+    # The weights of model.pth, tuned to need one evaluation instead of many.
+    "one-step": dict(process="consistency", init_from=str(ROOT / "model.pth"), train_steps=3500, learning_rate=1e-3)
+    | dict(time_sampling="uniform", label_dropout=0.0, sampler="consistency", sample_steps=1, cfg_scale=1.0),
     "classic": ORIGINAL  # the recipe of a well-known teaching repository, in this one's model and loop, cut short
     | dict(patch_size=4, hidden_size=64, depth=3, loss="l1", learning_rate=1e-3, batch_size=300, train_steps=2000)
     | dict(sample_steps=1000, cfg_scale=1.0),
@@ -103,6 +107,8 @@ class Config:
     time_sampling: str = option("logit_normal", "how training draws t", choices=("uniform", "logit_normal"))
     time_mean: float = option(1.0, "logit-normal's mean; above 0, more noise than data", float)
 
+    teacher_cfg_scale: float = option(1.7, "guidance that consistency tuning puts into the weights", float)
+
     optimizer: str = option("adamw", "muon: for the blocks' matrices", choices=("adamw", "muon"), group="training")
     warmup_steps: int = option(200, "steps over which the learning rate rises from 0", int, least=0, most=10**9)
     lr_decay: str = option("cosine", "fall to 0 at the last step, or stay", choices=("cosine", "constant"))
@@ -120,7 +126,7 @@ class Config:
     tensorboard: bool = option(False, "write figures and samples for TensorBoard too, to out_dir", bool)
     profile: bool = option(False, "see where the time of a few steps goes: a table, and trace.json in out_dir", bool)
 
-    sampler: str = option("dpm++", "ddpm, ddim or dpm++; euler or heun for flow_matching", group="sampling")
+    sampler: str = option("dpm++", "ddpm, ddim or dpm++; euler, heun for flow_matching; consistency", group="sampling")
     sample_steps: int = option(12, "steps from noise to image, of at most 1000 timesteps", int, least=1, most=1000)
     cfg_scale: float = option(1.7, "guidance scale; 1 is none, 0 leaves the label out", float)
     cfg_low: float = option(0.45, "guide only at noise levels (0 data, 1 noise) above this", float, least=0, below=1)
@@ -191,9 +197,9 @@ def preset(name: str = "digits", **changes: Any) -> Config:
     process = settings.get("process", "diffusion")
     for other, options in OPTIONS.items():
         for option_name in options:
-            if other != process and option_name in settings:
+            if option_name in settings and option_name not in OPTIONS[process]:
                 advice = "leave it out" if option_name in changes else f"preset {name} sets it, so choose another"
                 raise UserError(f"{option_name} is an option of process {other}, not of {process}; {advice}")
     if process != PRESETS[name].get("process", "diffusion"):
-        settings["sampler"] = changes.get("sampler", "euler" if process == "flow_matching" else "dpm++")
+        settings["sampler"] = changes.get("sampler", "dpm++" if process == "diffusion" else SAMPLERS[process][0])
     return Config(preset=name, **settings)
