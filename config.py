@@ -50,7 +50,6 @@ PRESETS = {
     "pictures": TEXTURED | dict(patch_size=None, hidden_size=256, train_steps=4500),
     # Captions instead of labels: scenes of two digits, in twenty minutes.
     "words": dict(dataset="scenes", block="joint-attention", patch_size=4, hidden_size=128, depth=4, train_steps=6000),
-    # The weights of model.pth, tuned to need one evaluation instead of many.
     "one-step": dict(process="consistency", init_from=str(ROOT / "model.pth"), train_steps=3500, learning_rate=1e-3)
     | dict(time_sampling="uniform", label_dropout=0.0, sampler="consistency", sample_steps=1, cfg_scale=1.0),
     "classic": ORIGINAL  # the recipe of a well-known teaching repository, in this one's model and loop, cut short
@@ -106,7 +105,6 @@ class Config:
     clip_x0: bool = option(True, "clip estimates of x_0 to [-1, 1]: right for pixels, wrong for latents", bool)
     time_sampling: str = option("logit_normal", "how training draws t", choices=("uniform", "logit_normal"))
     time_mean: float = option(1.0, "logit-normal's mean; above 0, more noise than data", float)
-
     teacher_cfg_scale: float = option(1.7, "guidance that consistency tuning puts into the weights", float)
 
     optimizer: str = option("adamw", "muon: for the blocks' matrices", choices=("adamw", "muon"), group="training")
@@ -148,17 +146,13 @@ class Config:
         if self.cfg_low >= self.cfg_high:
             raise UserError(f"cfg_low is {self.cfg_low}; it must be less than cfg_high, {self.cfg_high}")
         if self.hidden_size % 4 or self.hidden_size % self.num_heads:
-            step = math.lcm(4, self.num_heads)
-            near = max(step, round(self.hidden_size / step) * step)
-            raise UserError(
-                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads} and by 4; try {near}"
-            )
+            width, step = self.hidden_size, math.lcm(4, self.num_heads)
+            near = max(step, round(width / step) * step)
+            raise UserError(f"hidden_size {width} is not divisible by num_heads {self.num_heads} and by 4; try {near}")
         if self.image_size and self.patch_size and self.image_size % self.patch_size:
-            divisors = [p for p in range(2, self.image_size) if self.image_size % p == 0]
-            raise UserError(
-                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; "
-                f"try patch_size {', '.join(map(str, divisors or [1, self.image_size]))}"
-            )
+            side = self.image_size
+            fit = ", ".join(str(p) for p in range(2, side) if side % p == 0) or f"1, {side}"
+            raise UserError(f"image_size {side} is not divisible by patch_size {self.patch_size}; try patch_size {fit}")
         for name, of_process in (("prediction", PREDICTIONS), ("sampler", SAMPLERS)):
             value, known = getattr(self, name), of_process[self.process]
             if value not in known:
