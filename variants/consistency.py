@@ -22,6 +22,7 @@ from diffusion import Diffusion, forgive_overshoot, guidance_at, guided
 
 SIGMA_DATA, TIME_SCALE = 0.5, 10.0  # of the boundary: but for t = 0, f is nearly the network alone (Luo et al., 2023)
 FIRST_GAP, STAGES = 125, 3  # t - r at first; it is halved at each further stage of training
+ANCHOR = 125  # r below that is 0: the teacher knows the end from there, and no error of the student's enters
 HUBER = 0.00054  # where the loss turns from a square into a norm, per dimension (Song & Dhariwal, 2024, section 3.3)
 
 
@@ -63,7 +64,8 @@ class ConsistencyModel(Diffusion):
         """What is random in the loss of x0 (B, C, H, W): t (B,), r (B,) at this progress, 0 to 1, and noise like x0."""
         t, noise = super().draw_noise(x0, generator)
         gap = FIRST_GAP // 2 ** min(int(progress * STAGES), STAGES - 1)
-        return t, (t - gap).clamp(min=0), noise
+        r = (t - gap).clamp(min=0)
+        return t, torch.where(r < ANCHOR, 0, r), noise
 
     def consistency(self, output: Tensor, x: Tensor, t: int | Tensor) -> Tensor:
         """f(x_t, t), from the network's output at x_t."""
