@@ -154,8 +154,8 @@ class Diffusion:
         signal_scale, noise_scale = self.signal_and_noise(t)
         return signal_scale * noise - noise_scale * x0
 
-    def draw_noise(self, x0: Tensor, generator: Generator | None = None, progress: float = 0) -> tuple[Tensor, Tensor]:
-        """What is random in the loss of x0 (B, C, H, W): timesteps (B,) and noise (B, C, H, W)."""
+    def draw_noise(self, x0: Tensor, generator: Generator | None = None, progress: float = 1) -> tuple[Tensor, Tensor]:
+        """What is random in the loss of x0 (B, C, H, W), at any progress: timesteps (B,) and noise (B, C, H, W)."""
         time = draw_time(len(x0), self.time_sampling, self.time_mean, x0.device, generator)
         t = (time * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
         return t, torch.randn(x0.shape, device=x0.device, generator=generator)

@@ -110,8 +110,6 @@ def build_process(
         values["teacher"] = copy.deepcopy(start)
         if state:
             values["teacher"].load_state_dict(state.pop("teacher"))
-        if config.compile == "on":
-            values["teacher"].compile()
     return process(**values)
 
 
@@ -222,7 +220,7 @@ def settings_of(path: str | Path, process: str | None = None) -> dict[str, Any]:
     """
     config = load_model(path)[1]
     names = [*NETWORK, *PROCESS, *OPTIONS[config.process]]
-    if process == "consistency":
+    if (process or config.process) == "consistency":
         if (config.process, config.prediction, config.learn_sigma) != ("diffusion", "x0", False):
             told = f"{config.prediction}{' and variances' if config.learn_sigma else ''} in process {config.process}"
             raise UserError(f"--init-from {path}: it predicts {told}; process consistency needs x0 in diffusion")

@@ -106,7 +106,6 @@ def compile_network(model: nn.Module, loss_of: Callable[[Callable], Tensor], tog
                 f"compiling failed on one of the processes ({type(error).__name__}); give --compile off"
             ) from error
         print(f"compiling failed ({type(error).__name__}), so the run goes on without: it is only slower")
-        torch.compiler.set_stance("force_eager")  # a teacher's network too
         compiled = model
     else:
         print(f"compiled in {time.perf_counter() - start:.0f} s")

@@ -1,16 +1,16 @@
 """Consistency models: from noise to an image in one evaluation (Song et al., 2023), by easy tuning (Geng et al., 2024).
 
-Without fresh noise the way from x_T to x_0 is a path, and each point of it knows its end. A consistency function tells
-it at once, f(x_t, t) = x_0, so that f is the same at all points of a path:
+Without fresh noise the way from x_T to x_0 is a path, and each point of it has one end. A consistency function tells it
+at once, f(x_t, t) = x_0, so that f is the same at all points of a path:
 
     boundary   f(x_t, t) = c_skip(t) x_t + c_out(t) network(x_t, t, y);  c_skip = 1 and c_out = 0 at t = 0
     training   f(x_t, t) learns f(x_r, r), no gradient, at an earlier r < t on the path; r -> t as training goes on
     path       from x_t to x_r by one step of DDIM, with the guided estimate of x_0 of a teacher: the weights that the
                run starts from. So the guidance ends up in the weights, and sampling needs none
-    reverse    x_0 = f(x_T, T - 1); for more steps: noise it again, to a lower level, and repeat (their algorithm 1)
+    reverse    x_0 = f(x_T, T - 1); for more steps: noise it again, to a lower level, and repeat (Song et al., alg. 1)
 
 The same two methods as `Diffusion`, and its schedule. The network predicts x_0, as the weights that it starts from do:
-they are nearly a consistency function where there is little noise, and from there it spreads to where there is much.
+where there is little noise that is nearly the end of the path, and from there it spreads to where there is much.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,15 +52,13 @@ class ConsistencyModel(Diffusion):
         num_timesteps: int = 1000,
     ):
         super().__init__(schedule, "x0", "mse", time_sampling, time_mean, clip_x0, num_timesteps)
-        self.teacher, self.precision, self.scales = teacher, precision, 1.0
-        if teacher and teacher_cfg_scale != 1:
+        self.teacher, self.precision = teacher, precision
+        if teacher:
             levels = ((t + 1) / num_timesteps for t in range(num_timesteps))
             scales = [guidance_at(level, teacher_cfg_scale, (cfg_low, cfg_high)) for level in levels]
-            self.scales = torch.tensor(scales, device=next(teacher.parameters()).device)
+            self.scales = torch.tensor(scales, device=next(teacher.parameters()).device).view(-1, 1, 1, 1)
 
-    def draw_noise(
-        self, x0: Tensor, generator: Generator | None = None, progress: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def draw_noise(self, x0: Tensor, generator: Generator | None = None, progress: float = 1) -> tuple[Tensor, ...]:
         """What is random in the loss of x0 (B, C, H, W): t (B,), r (B,) at this progress, 0 to 1, and noise like x0."""
         t, noise = super().draw_noise(x0, generator)
         gap = FIRST_GAP // 2 ** min(int(progress * STAGES), STAGES - 1)
@@ -69,9 +67,9 @@ class ConsistencyModel(Diffusion):
 
     def consistency(self, output: Tensor, x: Tensor, t: int | Tensor) -> Tensor:
         """f(x_t, t), from the network's output at x_t."""
-        scaled = TIME_SCALE * torch.as_tensor(t, device=x.device).view(-1, 1, 1, 1)
+        scaled = TIME_SCALE * (t if isinstance(t, int) else t.view(-1, 1, 1, 1))
         sum_of_squares = scaled**2 + SIGMA_DATA**2
-        return SIGMA_DATA**2 / sum_of_squares * x + scaled / sum_of_squares.sqrt() * output
+        return SIGMA_DATA**2 / sum_of_squares * x + scaled / sum_of_squares**0.5 * output
 
     def predict_x0(self, output: Tensor, x: Tensor, t: int | Tensor) -> Tensor:
         """f(x_t, t), clipped where clip_x0 says so."""
@@ -80,8 +78,7 @@ class ConsistencyModel(Diffusion):
     def step_back(self, x: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
         """x_r on the teacher's guided path through x_t."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            scale = self.scales if isinstance(self.scales, float) else self.scales[t].view(-1, 1, 1, 1)
-            output = guided(self.teacher, x, t, y, scale).float()
+            output = guided(self.teacher, x, t, y, self.scales[t]).float()
         return self.ddim_step(x, super().predict_x0(output, x, t), t, r, None, 0.0)
 
     def loss(self, model: Callable, x0: Tensor, y: Tensor, generator: Generator | None = None, drawn=None) -> Tensor:
