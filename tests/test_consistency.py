@@ -4,10 +4,11 @@ import inspect
 
 import pytest
 import torch
-from conftest import random_dit
+from conftest import ROOT, random_dit
 from diffusers import LCMScheduler
 from test_train import assert_same, blobs, fit, without_time  # noqa: F401  blobs is a fixture for each test
 
+import dataset
 import train
 from config import preset
 from diffusion import Diffusion, guided
@@ -138,15 +139,17 @@ def test_the_exact_function_has_nothing_to_learn(monkeypatch):
     assert nearest[1] < 0.01 * wrong[1] and wrong[0] > 100 * nearest[0]
 
 
-def test_the_target_is_the_function_at_r_without_a_gradient():
+@pytest.mark.parametrize("last", [450, 0])
+def test_the_target_is_the_function_at_r_without_a_gradient(last):
     process, (x0, y) = ConsistencyModel(clip_x0=False, teacher=Teacher()), batch(8)
-    t, r = torch.full((8,), 600), torch.full((8,), 450)
+    t, r = torch.full((8,), 600), torch.full((8,), last)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(3))
     student = Student(0.8)
     process.loss(student, x0, y, drawn=(t, r, noise)).backward()
 
     x = process.q_sample(x0, t, noise)
-    target = process.predict_x0(student(process.step_back(x, t, r, y), r, y), x, r).detach()
+    x_r = process.step_back(x, t, r, y)
+    target = process.predict_x0(student(x_r, r, y), x_r, r).detach() if last else x_r
     output = process.predict_x0(Student(0.8)(x, t, y), x, t)
     weight = torch.tensor(0.8, requires_grad=True)
     distance = ((weight / 0.8 * output.detach() - target) ** 2).mean((1, 2, 3))  # each image's, linear in the weight
@@ -221,10 +224,10 @@ def test_the_teacher_guides_each_image_by_its_own_noise():
     options = dict(teacher_cfg_scale=2.5, cfg_low=0.35, cfg_high=0.75)
     teacher = random_dit(image_size=8)
     process = ConsistencyModel(teacher=teacher, clip_x0=False, **options)
-    x, y = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 4, 0])
-    t, r = torch.tensor([300, 500, 900]), torch.tensor([200, 400, 800])
+    x, y = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 4, 0, 2])
+    t, r = torch.tensor([1, 300, 400, 800]), torch.tensor([0, 200, 300, 700])
     x_r = process.step_back(x, t, r, y)
-    for i, scale in enumerate((1.0, 2.5, 1.0)):
+    for i, scale in enumerate((1.0, 1.0, 2.5, 1.0)):
         part = slice(i, i + 1)
         x0 = guided(teacher, x[part], t[part], y[part], scale)
         alone = process.ddim_step(x[part], x0, t[i].item(), r[i].item(), None, 0.0)
@@ -281,12 +284,45 @@ def test_tuned_weights_draw_as_their_config_says(start, tmp_path):
     assert x.shape == (4, 1, 8, 8) and x.abs().max() <= 1
 
 
+def test_the_preset_tunes_the_shipped_weights():
+    config, shipped = preset(**new_settings({"preset": "one-step"})), load_model(ROOT / "model.pth")[1]
+    names = ("patch_size", "hidden_size", "depth", "num_heads", "block", "schedule", "clip_x0")
+    assert all(getattr(config, name) == getattr(shipped, name) for name in names)
+    assert config.init_from == str(ROOT / "model.pth") and config.process == "consistency"
+
+
+def test_captions_are_tuned_too(tmp_path):
+    captions = ["--dataset", "corners", "--block", "joint-attention"]
+    fit(tmp_path / "start", *captions, "--train-steps", 2)
+    tune(tmp_path / "run", *captions, "--init-from", tmp_path / "start" / "model.pth", "--train-steps", 2)
+    _, config = load_model(tmp_path / "run" / "model.pth")
+    assert (config.process, config.caption_length) == ("consistency", 3)
+
+
 def test_parts_of_a_batch_are_tuned_alike(start, tmp_path):
     for name, parts in (("one", 1), ("four", 4)):
         tune(tmp_path / name, "--init-from", start, "--train-steps", 3, "--accumulation-steps", parts, "--log-every", 1)
     one, four = (without_time(tmp_path / name) for name in ("one", "four"))
     for a, b in zip(one, four, strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+
+
+def test_the_progress_of_a_run_decides_r():
+    progress = []
+
+    class Spy(ConsistencyModel):
+        def draw_noise(self, x0, generator=None, progress_of_run=1):
+            progress.append(progress_of_run)
+            return super().draw_noise(x0, generator, progress_of_run)
+
+    config = preset("one-step", train_steps=10, batch_size=4, patch_size=4, dataset="blobs")
+    data = dataset.load_dataset("blobs", "")
+    (first,), (_,), (last,) = (train.draw_batch(data, Spy(), config, step) for step in (0, 5, 9))
+    assert progress == [0, 0.5, 0.9] and [len(tensor) for tensor in first] == [4] * 5
+    (again,) = train.draw_batch(data, ConsistencyModel(), config, 9)
+    assert_same(last, again)
+    (part,) = train.draw_batch(data, ConsistencyModel(), config, 9, part=slice(2, 4))
+    assert_same(tuple(tensor[2:] for tensor in last), part)
 
 
 def test_bad_starts_are_refused(start, tmp_path):
@@ -301,6 +337,9 @@ def test_bad_starts_are_refused(start, tmp_path):
         fit(folder, "--train-steps", 1, *flags)
         with pytest.raises(UserError, match=f"^--init-from {folder / 'model.pth'}: {told}"):
             new_settings({"process": "consistency", "init_from": str(folder / "model.pth")})
+    tune(tmp_path / "tuned", "--init-from", start, "--train-steps", 1)
+    with pytest.raises(UserError, match="it predicts x0 in process consistency; process consistency needs x0 in diffu"):
+        new_settings({"init_from": str(tmp_path / "tuned" / "model.pth")})
     with pytest.raises(UserError, match="gone.pth does not exist"):
         new_settings({"preset": "one-step", "init_from": "gone.pth"})
     config = preset("one-step", shard=True, image_size=28)
