@@ -50,7 +50,7 @@ PRESETS = {
     "pictures": TEXTURED | dict(patch_size=None, hidden_size=256, train_steps=4500),
     # Captions instead of labels: scenes of two digits, in twenty minutes.
     "words": dict(dataset="scenes", block="joint-attention", patch_size=4, hidden_size=128, depth=4, train_steps=6000),
-    "one-step": dict(process="consistency", init_from=str(ROOT / "model.pth"), train_steps=3500, learning_rate=3e-4)
+    "one-step": dict(process="consistency", init_from=str(ROOT / "model.pth"), train_steps=3500, learning_rate=6e-4)
     | dict(time_sampling="uniform", label_dropout=0.0, sampler="consistency", sample_steps=1, cfg_scale=1.0),
     "classic": ORIGINAL  # the recipe of a well-known teaching repository, in this one's model and loop, cut short
     | dict(patch_size=4, hidden_size=64, depth=3, loss="l1", learning_rate=1e-3, batch_size=300, train_steps=2000)
