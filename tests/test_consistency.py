@@ -234,6 +234,14 @@ def test_the_teacher_guides_each_image_by_its_own_noise():
         assert torch.allclose(x_r[part], alone, atol=1e-5)
 
 
+def test_the_teacher_computes_in_the_precision_of_the_run():
+    teacher, y = random_dit(image_size=8), torch.tensor([1, 4])
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t, r = torch.tensor([300, 900]), torch.tensor([200, 800])
+    full, half = (ConsistencyModel(teacher=teacher, precision=name).step_back(x, t, r, y) for name in ("fp32", "bf16"))
+    assert half.dtype == torch.float32 and 0 < (full - half).abs().max() < 0.02
+
+
 @pytest.fixture
 def start(tmp_path):
     """Weights to start from, of a diffusion that predicts x_0."""
