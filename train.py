@@ -88,9 +88,9 @@ def draw_batch(
     mirrored = torch.rand(shape, device=device, generator=generator) < 0.5 if config.flip else None
     x0, y = data.draw(index, mirrored, generator, part)
     with record_function("noise"):
-        t, noise = process.draw_noise(x0[:1].expand(*shape, -1, -1, -1), generator)  # for a batch of this shape
+        drawn = process.draw_noise(x0[:1].expand(*shape, -1, -1, -1), generator, step / config.train_steps)
     dropped = dropped[part].view(-1, *[1] * (y.ndim - 1))  # a caption as a whole
-    batch = (x0, y.masked_fill(dropped, config.num_classes), t[part], noise[part])
+    batch = (x0, y.masked_fill(dropped, config.num_classes), *(tensor[part] for tensor in drawn))
     return list(zip(*(tensor.chunk(config.accumulation_steps) for tensor in batch)))
 
 
@@ -129,7 +129,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         start_from(config.init_from, model, config)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     model, ema = (distributed.spread(network, device, config.shard) for network in (model, ema))
-    process, optimizers = build_process(config), build_optimizers(model, config)
+    process, optimizers = build_process(config, ema, state), build_optimizers(model, config)
     step, *counters = restore_run(state, out_dir, data, model, ema, optimizers) if state else (0, [], 0.0, 0, 0.0)
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")  # not of the loss
@@ -142,7 +142,7 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         return process.loss(autocast(network), x0, y, drawn=drawn)
 
     def save_checkpoint() -> None:
-        save_run(out_dir, config, data, model, ema, optimizers, [step, *log.counters()])
+        save_run(out_dir, config, data, process, model, ema, optimizers, [step, *log.counters()])
 
     with ExitStack() as stack:
         if distributed.first():

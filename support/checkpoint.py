@@ -4,6 +4,7 @@
 of a config, are recognised by published.py; what a training run goes on from is in run_state.py.
 """
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ from support.machine import check_memory
 from support.published import DOWNLOADS, read_published, sizes_of, weights_of
 from variants.captions import BagOfWords, TextEmbedder
 from variants.conditioning import AdaLNBlock, CrossAttentionBlock, InContextBlock
+from variants.consistency import ConsistencyModel
 from variants.flow_matching import FlowMatching
 from variants.joint_attention import JointAttentionBlock
 from variants.learned_variance import LearnedVariance
@@ -39,7 +41,7 @@ BLOCKS = {
     "modern": ModernBlock,
     "joint-attention": JointAttentionBlock,
 }
-PROCESSES = {"diffusion": Diffusion, "flow_matching": FlowMatching}
+PROCESSES = {"diffusion": Diffusion, "flow_matching": FlowMatching, "consistency": ConsistencyModel}
 # The fields that every version has written, and that no default can stand for.
 OF_EVERY_FILE = "image_size patch_size in_channels hidden_size depth num_heads num_classes".split()
 OF_EVERY_FILE += ["process", "prediction", "schedule"]
@@ -47,7 +49,7 @@ OF_EVERY_FILE += ["process", "prediction", "schedule"]
 BEFORE = dict(block="adaLN-Zero", learn_sigma=False, clip_x0=True, time_sampling="uniform", time_mean=0.0)
 BEFORE |= dict(optimizer="adamw", cfg_low=0.0, cfg_high=1.0, accumulation_steps=1, activation_checkpointing=False)
 BEFORE |= dict(flip=False, skip_damaged=False, vae=None, init_from=None, class_names=None, latents=False)
-BEFORE |= dict(caption_length=None, captions=None)
+BEFORE |= dict(caption_length=None, captions=None, teacher_cfg_scale=1.0)
 OF_THE_MACHINE = ("data_dir", "out_dir", "device", "shard", "tensorboard", "profile")
 NETWORK = "image_size in_channels patch_size hidden_size depth num_heads block caption_length".split()
 PROCESS = ("process", "prediction", "time_sampling", "time_mean", *SAMPLING[:-1])  # eta is among OPTIONS
@@ -85,13 +87,30 @@ def build_model(config: Config) -> DiT:
     )
 
 
-def build_process(config: Config) -> Diffusion | FlowMatching:
-    """The process that a config names; its options bear the names of the config's fields."""
+def build_process(
+    config: Config, start: DiT | None = None, state: dict[str, Any] | None = None
+) -> Diffusion | FlowMatching:
+    """The process that a config names; its options bear the names of the config's fields.
+
+    Args:
+        start: to train, the network that the run starts from, of which the teacher is a copy, where there is one.
+        state: of the checkpoint that the run goes on from instead; its teacher is taken out of it.
+
+    Raises:
+        UserError: for a teacher in shards.
+    """
     process = PROCESSES[config.process]
     if config.learn_sigma:
         process = LearnedVariance
     options = inspect.signature(process).parameters
-    return process(**{name: value for name, value in vars(config).items() if name in options})
+    values = {name: value for name, value in vars(config).items() if name in options}
+    if start is not None and "teacher" in options:
+        if config.shard:
+            raise UserError(f"shard does not go with process {config.process}, whose teacher is whole; leave it out")
+        values["teacher"] = copy.deepcopy(start)
+        if state:
+            values["teacher"].load_state_dict(state.pop("teacher"))
+    return process(**values)
 
 
 def read_config(values: Any, path: str | Path, needed: Iterable[str] = OF_EVERY_FILE) -> Config:
@@ -193,10 +212,19 @@ def load_model(
     return model.eval(), config
 
 
-def settings_of(path: str | Path) -> dict[str, Any]:
-    """The fields of Config that weights to start from decide: their network, its process and how to sample from it."""
+def settings_of(path: str | Path, process: str | None = None) -> dict[str, Any]:
+    """The fields of Config that weights to start from decide: their network, its process and how to sample from it.
+
+    To tune them for process consistency they must be of a diffusion that predicts x_0, or UserError; of that their
+    schedule is kept, and how to sample is another matter.
+    """
     config = load_model(path)[1]
     names = [*NETWORK, *PROCESS, *OPTIONS[config.process]]
+    if (process or config.process) == "consistency":
+        if (config.process, config.prediction, config.learn_sigma) != ("diffusion", "x0", False):
+            told = f"{config.prediction}{' and variances' if config.learn_sigma else ''} in process {config.process}"
+            raise UserError(f"--init-from {path}: it predicts {told}; process consistency needs x0 in diffusion")
+        names = [*NETWORK, "schedule", "clip_x0"]
     # Latents' size is not that of the images, which the user names; channels are the data's to say.
     left_out = {"in_channels", "caption_length", "image_size" if config.latents else ""}
     left_out |= set(SAMPLING) if config.num_classes == 1 else set()

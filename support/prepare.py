@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from config import PRESET_OF, Config
+from config import PRESET_OF, PRESETS, Config
 from dataset import DATASETS, Dataset, load_dataset
 from loaders.sources import full_name
 from support.autoencoder import downsampling, encode_dataset, open_vae
@@ -28,13 +28,19 @@ def rooted(given: dict[str, Any]) -> dict[str, Any]:
 
 def preset_of(given: dict[str, Any]) -> str:
     """The preset that flags name; where they name none, the one that suits their dataset."""
+    if given.get("process") == "consistency":
+        return given.get("preset") or "one-step"
     return given.get("preset") or PRESET_OF.get(given.get("dataset", "auto"), "pictures")
 
 
 def new_settings(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of config.preset for a new run: the flags given, and what the weights to start from decide."""
     given = rooted(given)
-    start = settings_of(given["init_from"]) if "init_from" in given else {}
+    settings = PRESETS.get(preset_of(given), {}) | given
+    process, path = settings.get("process"), settings.get("init_from")
+    if process == "consistency" and not path:
+        raise UserError("process consistency tunes weights that are there; give --init-from, such as model.pth")
+    start = settings_of(path, process) if path else {}
     changes = start | {name: value for name, value in given.items() if name != "preset"}
     return {"name": preset_of(given), **changes}
 
