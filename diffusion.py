@@ -41,16 +41,14 @@ LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
 TIME_SAMPLINGS = ("uniform", "logit_normal")
 
 
-def draw_time(
-    count: int, time_sampling: str, time_mean: float, device: torch.device, generator: Generator | None
-) -> Tensor:
+def draw_time(count: int, sampling: str, mean: float, device: torch.device, generator: Generator | None) -> Tensor:
     """Training's random times, 0 (data) to 1 (noise) -> (count,): "uniform", or "logit_normal", sigmoid(N(mean, 1)).
 
     The logit-normal spares the two ends, where there is little to learn (Esser et al., 2024, section 3.1).
     """
-    if time_sampling == "uniform":
+    if sampling == "uniform":
         return torch.rand(count, device=device, generator=generator)
-    return (time_mean + torch.randn(count, device=device, generator=generator)).sigmoid()
+    return (mean + torch.randn(count, device=device, generator=generator)).sigmoid()
 
 
 def forgive_overshoot(target: Tensor, x0: Tensor, limit: float = 1.1) -> Tensor:
@@ -122,8 +120,7 @@ class Diffusion:
         self.prediction = prediction
         self.time_sampling, self.time_mean = time_sampling, time_mean
         self.loss_function = LOSSES[loss]
-        self.clip_x0 = clip_x0
-        self.num_timesteps = num_timesteps
+        self.clip_x0, self.num_timesteps = clip_x0, num_timesteps
         self.alphas_cumprod = SCHEDULES[schedule](num_timesteps).float()
         self.tables: dict[torch.device, Tensor] = {}  # of alphas_cumprod_at
 

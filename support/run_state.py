@@ -237,4 +237,6 @@ def begun(given: dict[str, Any]) -> tuple[Config, dict[str, Any] | None]:
         return resumed(given)
     if again := restarted(given):
         return resumed(again)
-    return preset(**new_settings(given)), None
+    config = preset(**new_settings(given))
+    refuse_trained(config.run_dir)
+    return config, None
