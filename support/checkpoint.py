@@ -7,6 +7,7 @@ of a config, are recognised by published.py; what a training run goes on from is
 import copy
 import dataclasses
 import inspect
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import OPTIONS, SAMPLING, Config
+from config import OPTIONS, ROOT, SAMPLING, Config
 from diffusion import Diffusion
 from dit import DiT
 from dit_block import DiTBlock
@@ -56,8 +57,15 @@ PROCESS = ("process", "prediction", "time_sampling", "time_mean", *SAMPLING[:-1]
 
 
 def model_config(config: Config) -> dict[str, Any]:
-    """What model.pth keeps of a Config: everything but what concerns the machine that trained it."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in OF_THE_MACHINE}
+    """What model.pth keeps of a Config: everything but what concerns the machine that trained it.
+
+    Of init_from that is the path from the root of the repository, or of a file that is elsewhere its name.
+    """
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in OF_THE_MACHINE}
+    if config.init_from:
+        start = Path(config.init_from)
+        fields["init_from"] = start.relative_to(ROOT).as_posix() if start.is_relative_to(ROOT) else start.name
+    return fields
 
 
 def build_model(config: Config) -> DiT:
@@ -161,11 +169,11 @@ def check_state(state: dict[str, Tensor], config: Config) -> DiT:
 def check_size(config: Config, device: torch.device, copies: int | None = None) -> None:
     """UserError, before the work, for a network that cannot be trained in the memory that is there.
 
-    Counted is the least it takes: weights, gradients, their average and the optimizer's moments, two of AdamW's, and
+    Counted is the least it takes: weights, gradients, the average, the optimizer's moments, two of AdamW's, a teacher;
     of the activations, for each feature of a token in each block, the six numbers that compiled code in bf16 keeps.
     """
     parameters = sum(parameter.numel() for parameter in empty_model(config).parameters())
-    copies = copies or (4 if config.optimizer == "muon" else 5)
+    copies = copies or (4 if config.optimizer == "muon" else 5) + (config.process == "consistency")
     copies /= processes() if config.shard else 1
     images = config.batch_size // (processes() * config.accumulation_steps)
     tokens = images * (config.image_size // config.patch_size) ** 2
@@ -215,16 +223,22 @@ def load_model(
 def settings_of(path: str | Path, process: str | None = None) -> dict[str, Any]:
     """The fields of Config that weights to start from decide: their network, its process and how to sample from it.
 
-    To tune them for process consistency they must be of a diffusion that predicts x_0, or UserError; of that their
-    schedule is kept, and how to sample is another matter.
+    Args:
+        process: that of the run, where it is said. To tune them for consistency they must be of a diffusion that
+            predicts x_0; of their process the schedule is kept then, and how to sample is another matter.
+
+    Raises:
+        UserError: for weights of another process, or that cannot be tuned.
     """
     config = load_model(path)[1]
-    names = [*NETWORK, *PROCESS, *OPTIONS[config.process]]
-    if (process or config.process) == "consistency":
+    process, names = process or config.process, [*NETWORK, *PROCESS, *OPTIONS[config.process]]
+    if process == "consistency":
         if (config.process, config.prediction, config.learn_sigma) != ("diffusion", "x0", False):
             told = f"{config.prediction}{' and variances' if config.learn_sigma else ''} in process {config.process}"
             raise UserError(f"--init-from {path}: it predicts {told}; process consistency needs x0 in diffusion")
         names = [*NETWORK, "schedule", "clip_x0"]
+    elif process != config.process:
+        raise UserError(f"--init-from {path} is of process {config.process}; leave out --process {process}")
     # Latents' size is not that of the images, which the user names; channels are the data's to say.
     left_out = {"in_channels", "caption_length", "image_size" if config.latents else ""}
     left_out |= set(SAMPLING) if config.num_classes == 1 else set()
@@ -262,7 +276,7 @@ def start_from(path: str | Path, model: DiT, config: Config) -> None:
     """Put weights of ours or published ones into a fresh model; classes that they do not know start from "no label".
 
     Raises:
-        UserError: if they are of another size or kind of network.
+        UserError: if they are of another size or kind of network; to be tuned, if they have learned other data.
     """
     other, theirs = load_model(path, next(model.parameters()).device)
     for name in (*NETWORK, "learn_sigma"):
@@ -276,15 +290,19 @@ def start_from(path: str | Path, model: DiT, config: Config) -> None:
     fresh = model.y_embedder.embedding_table.weight.clone()
     model.load_state_dict(state | {"y_embedder.embedding_table.weight": fresh})
     # The only class of a folder has no name, and number 0 means something else where there are several.
-    known = class_names_of(theirs) if config.num_classes > 1 or theirs.num_classes == 1 else []
+    names = class_names_of(theirs) if config.num_classes > 1 or theirs.num_classes == 1 else []
     table, new = model.y_embedder.embedding_table.weight, []
     table[-1] = rows[-1]  # the null class
     for i, name in enumerate(class_names_of(config)):
-        if name in known:
-            table[i] = rows[known.index(name)]
+        if name in names:
+            table[i] = rows[names.index(name)]
         else:
             table[i] += rows[-1]
             new.append(name)
+    known = f"{config.num_classes - len(new)} of the {'words' if config.caption_length else 'classes'}"
+    folders = os.path.isabs(theirs.dataset) and os.path.isabs(config.dataset)  # the same one may have moved
+    if config.process == "consistency" and (new or theirs.dataset != config.dataset and not folders):
+        told = f"it has learned {theirs.dataset}, this run has {config.dataset}, of which it knows {known}"
+        raise UserError(f"--init-from {path}: {told}; process consistency tunes on the same data")
     told = f"; new to them: {', '.join(new[:10])}{' ...' if len(new) > 10 else ''}" if new else ""
-    what = "words" if config.caption_length else "classes"
-    print(f"start      the weights of {path}, which know {config.num_classes - len(new)} of the {what}{told}")
+    print(f"start      the weights of {path}, which know {known}{told}")

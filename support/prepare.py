@@ -37,10 +37,10 @@ def new_settings(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of config.preset for a new run: the flags given, and what the weights to start from decide."""
     given = rooted(given)
     settings = PRESETS.get(preset_of(given), {}) | given
-    process, path = settings.get("process"), settings.get("init_from")
-    if process == "consistency" and not path:
+    tuned, path = settings.get("process") == "consistency", settings.get("init_from")
+    if tuned and not path:
         raise UserError("process consistency tunes weights that are there; give --init-from, such as model.pth")
-    start = settings_of(path, process) if path else {}
+    start = settings_of(path, "consistency" if tuned else given.get("process")) if path else {}
     changes = start | {name: value for name, value in given.items() if name != "preset"}
     return {"name": preset_of(given), **changes}
 
@@ -89,7 +89,7 @@ def prepare(config: Config, device: torch.device) -> tuple[Config, Dataset, nn.M
     if data.caption_length:
         changes |= dict(captions=tuple(caption_text(y, data.class_names) for y in data.labels[:10].tolist()))
     if data.num_classes == 1:  # there is no other to be told from
-        changes |= dict(cfg_scale=1.0, label_dropout=0.0)
+        changes |= dict(cfg_scale=1.0, teacher_cfg_scale=1.0, label_dropout=0.0)
     return config.replace(**changes), data.to(device), vae
 
 

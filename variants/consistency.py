@@ -110,15 +110,19 @@ class ConsistencyModel(Diffusion):
         """Yields x_T = noise (B, C, H, W), then an x for each of the steps, x_0 last; arguments as Diffusion's.
 
         The generator is the source of the noise that each step but the last adds.
+
+        Raises:
+            ValueError: for another sampler, or a cfg_scale other than 1: the guidance is in the weights.
         """
         if sampler not in self.samplers:
             raise ValueError(f"sampler {sampler!r} is not one of {', '.join(self.samplers)}")
+        if cfg_scale != 1:
+            raise ValueError(f"cfg_scale {cfg_scale} is not 1: a consistency model's guidance is in its weights")
         timesteps = self.timesteps(steps)
         x = noise
         yield x
         for t, t_next in zip(timesteps, [*timesteps[1:], None]):
-            scale = guidance_at((t + 1) / self.num_timesteps, cfg_scale, cfg_interval)
-            x = self.predict_x0(guided(model, x, torch.full((len(x),), t, device=x.device), y, scale), x, t)
+            x = self.predict_x0(model(x, torch.full((len(x),), t, device=x.device), y), x, t)
             if t_next is not None:
                 x = self.q_sample(x, t_next, torch.randn(x.shape, device=x.device, generator=generator))
             yield x
