@@ -23,7 +23,7 @@ from support.captions import parse_caption
 from support.command_line import parse_labels
 from support.distributed import processes
 from support.errors import UserError, believing
-from support.files import read_file, warn
+from support.files import load_file, read_file, save_file, warn
 from support.machine import check_memory
 from support.published import DOWNLOADS, read_published, sizes_of, weights_of
 from variants.captions import BagOfWords, TextEmbedder
@@ -218,6 +218,13 @@ def load_model(
             model.set_submodule(name, part)
         model.to_empty(device=device).load_state_dict(state)
     return model.eval(), config
+
+
+def save_in_half(source: str | Path, path: str | Path) -> None:
+    """A model.pth again, with its weights in half precision, to be shipped; load_model makes float32 of them."""
+    content = load_file(source)
+    content["model"] = {name: tensor.half() for name, tensor in content["model"].items()}
+    save_file(content, path)
 
 
 def settings_of(path: str | Path, process: str | None = None) -> dict[str, Any]:
