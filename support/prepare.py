@@ -36,7 +36,7 @@ def preset_of(given: dict[str, Any]) -> str:
 def new_settings(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of config.preset for a new run: the flags given, and what the weights to start from decide."""
     given = rooted(given)
-    settings = PRESETS.get(preset_of(given), {}) | given
+    settings = PRESETS.get(given.get("preset"), {}) | given
     tuned, path = settings.get("process") == "consistency", settings.get("init_from")
     if tuned and not path:
         raise UserError("process consistency tunes weights that are there; give --init-from, such as model.pth")
