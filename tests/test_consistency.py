@@ -9,11 +9,12 @@ from diffusers import LCMScheduler
 from test_train import assert_same, blobs, fit, without_time  # noqa: F401  blobs is a fixture for each test
 
 import dataset
+import inference
 import train
 from config import preset
 from diffusion import Diffusion, guided
 from inference import denoise
-from support.checkpoint import build_process, load_model
+from support.checkpoint import build_process, load_model, save_in_half
 from support.errors import UserError
 from support.files import load_file, save_file
 from support.prepare import new_settings
@@ -290,6 +291,28 @@ def test_tuned_weights_draw_as_their_config_says(start, tmp_path):
     assert network_evaluations(config) == 2 and network_evaluations(config.replace(sample_steps=1)) == 1
     *_, x = denoise(model, config, torch.arange(4), torch.Generator().manual_seed(0))
     assert x.shape == (4, 1, 8, 8) and x.abs().max() <= 1
+    assert config.init_from == "model.pth"  # and not where it was
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_half_precision_draws_in_as_many_evaluations_as_are_asked_for(steps, start, tmp_path, capsys):
+    tune(tmp_path / "run", "--init-from", start, "--train-steps", 1)
+    save_in_half(tmp_path / "run" / "model.pth", tmp_path / "half.pth")
+    flags = ["--checkpoint", tmp_path / "half.pth", "--sample-steps", steps, "--output", tmp_path / "digits.png"]
+    inference.main([*map(str, flags)])
+    told = f"4 images by consistency, {steps} steps, guidance 1.0: {steps} network evaluations an image"
+    assert told in capsys.readouterr().out
+    with pytest.raises(UserError, match="^cfg_scale is 2.0; a consistency model's guidance is in its weights; give 1$"):
+        inference.main([*map(str, flags), "--cfg-scale", "2"])
+
+
+@pytest.mark.parametrize(
+    "flags", [("--optimizer", "muon"), ("--precision", "bf16"), ("--time-sampling", "logit_normal")]
+)
+def test_other_ways_to_tune_lower_the_loss_too(flags, start, tmp_path):
+    tune(tmp_path / "run", "--init-from", start, "--train-steps", 60, "--log-every", 20, "--warmup-steps", 0, *flags)
+    losses = [float(row["loss"]) for row in without_time(tmp_path / "run")]
+    assert losses[-1] < 0.8 * losses[0], losses
 
 
 def test_the_preset_tunes_the_shipped_weights():
@@ -336,6 +359,14 @@ def test_the_progress_of_a_run_decides_r():
 def test_bad_starts_are_refused(start, tmp_path):
     with pytest.raises(UserError, match="process consistency tunes weights that are there; give --init-from"):
         new_settings({"process": "consistency", "preset": "digits"})
+    with pytest.raises(UserError, match="give --init-from"):
+        new_settings({"process": "consistency"})
+    for process, told in (
+        ("diffusion", "preset one-step sets it"),
+        ("flow_matching", "leave out --process flow_match"),
+    ):
+        with pytest.raises(UserError, match=told):
+            preset(**new_settings({"preset": "one-step", "process": process}))
     for flags, told in (
         (["--prediction", "noise"], "it predicts noise in process diffusion; process consistency needs x0"),
         (["--prediction", "x0", "--learn-sigma"], "it predicts x0 and variances in process diffusion"),
@@ -355,6 +386,39 @@ def test_bad_starts_are_refused(start, tmp_path):
         build_process(config, random_dit())
 
 
+def test_a_teacher_that_has_learned_something_else_is_refused(start, tmp_path, monkeypatch):
+    load = dataset.DATASETS["blobs"]
+    monkeypatch.setitem(dataset.DATASETS, "spots", load)
+    monkeypatch.setitem(dataset.DATASETS, "blobs", lambda *_: (*load(*_), ["up", "down", "left", "right"]))
+    for flags, told in (
+        (
+            ("--dataset", "spots"),
+            "it has learned blobs, this run has spots, of which it knows 4 of the classes; ",
+        ),
+        ((), "it has learned blobs, this run has blobs, of which it knows 0 of the classes; process consistency tunes"),
+        (("--hidden-size", 64), "its hidden_size is 32, that of this run 64; they must be equal"),
+    ):
+        with pytest.raises(UserError, match=f"^--init-from {start}: {told}"):
+            tune(tmp_path / "run", "--init-from", start, *flags)
+        assert not (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+def test_a_folder_that_has_moved_is_still_what_the_teacher_has_learned(pictures_dir, tmp_path):
+    (tmp_path / "moved").symlink_to(pictures_dir)
+    flags = ["--data-dir", tmp_path, "--train-steps", 1, "--image-size", 8]
+    fit(tmp_path / "start", "--dataset", pictures_dir, *flags)
+    tune(tmp_path / "run", "--dataset", tmp_path / "moved", *flags, "--init-from", tmp_path / "start" / "model.pth")
+    assert load_model(tmp_path / "run" / "model.pth")[1].dataset == str(tmp_path / "moved")
+
+
+def test_a_run_goes_on_with_its_own_teacher_alone(start, tmp_path):
+    tune(tmp_path / "run", "--init-from", start, "--train-steps", 1)
+    folder = ["--resume", "--out-dir", str(tmp_path / "run"), "--init-from"]
+    with pytest.raises(UserError, match=f"^--init-from {ROOT / 'model.pth'} differs from the run's {start}; leave it"):
+        train.main([*folder, str(ROOT / "model.pth")])
+    train.main([*folder, str(start)])
+
+
 def test_bad_settings_are_refused():
     for settings, told in (
         (dict(sampler="ddim"), "sampler 'ddim' is not one of process consistency's: consistency"),
@@ -362,6 +426,9 @@ def test_bad_settings_are_refused():
         (dict(sample_steps=1001), "sample_steps is 1001; it must be at most 1000"),
         (dict(learn_sigma=True), "learn_sigma is an option of process diffusion, not of consistency; leave it out"),
         (dict(process="diffusion", teacher_cfg_scale=2.0), "teacher_cfg_scale is an option of process consistency"),
+        (dict(cfg_scale=2.0), "cfg_scale is 2.0; a consistency model's guidance is in its weights; give 1"),
+        (dict(cfg_scale=0.0), "cfg_scale is 0.0"),
+        (dict(process="diffusion"), "teacher_cfg_scale is an option of process consistency, not of diffusion; preset"),
         (dict(eta=0.5), "eta is an option of process diffusion, not of consistency"),
     ):
         with pytest.raises(UserError, match=told):
@@ -369,6 +436,8 @@ def test_bad_settings_are_refused():
     process, x, y = ConsistencyModel(), torch.zeros(1, 1, 2, 2), torch.tensor([0])
     with pytest.raises(ValueError, match="'ddim' is not one of consistency"):
         list(process.sample(Oracle(), x, y, sampler="ddim"))
+    with pytest.raises(ValueError, match="cfg_scale 2 is not 1"):
+        list(process.sample(Oracle(), x, y, cfg_scale=2))
     with pytest.raises(ValueError, match="sample_steps 0 is not between 1 and 1000"):
         list(process.sample(Oracle(), x, y, steps=0))
 
