@@ -26,7 +26,7 @@ PROCESSES = [dict(prediction=prediction) for prediction in PREDICTIONS["diffusio
 PROCESSES += [dict(learn_sigma=True, prediction="noise", sampler="ddpm", loss="l1", clip_x0=False)]
 FLOW = dict(process="flow_matching", sampler="euler")
 PROCESSES += [FLOW | dict(prediction=prediction) for prediction in PREDICTIONS["flow_matching"]]
-PROCESSES += [dict(process="consistency", sampler="consistency")]
+PROCESSES += [dict(process="consistency", sampler="consistency", cfg_scale=1.0)]
 
 
 class AnyGenerator(torch.Generator):
