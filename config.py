@@ -18,9 +18,10 @@ from support.options import check_option, option
 ROOT = Path(__file__).parent  # default paths start here, wherever a command is called from
 
 # What the network may predict in each process, what each samples with, and the options that only it has.
-PREDICTIONS = {"diffusion": ("noise", "x0", "v"), "flow_matching": ("x0", "v")}
-SAMPLERS = {"diffusion": ("ddpm", "ddim", "dpm++"), "flow_matching": ("euler", "heun")}
+PREDICTIONS = {"diffusion": ("noise", "x0", "v"), "flow_matching": ("x0", "v"), "consistency": ("x0",)}
+SAMPLERS = {"diffusion": ("ddpm", "ddim", "dpm++"), "flow_matching": ("euler", "heun"), "consistency": ("consistency",)}
 OPTIONS = {"diffusion": ("schedule", "loss", "learn_sigma", "clip_x0", "eta"), "flow_matching": ()}
+OPTIONS["consistency"] = ("schedule", "clip_x0", "teacher_cfg_scale")
 BLOCKS = ("in-context", "cross-attention", "adaLN", "adaLN-Zero", "modern", "joint-attention")
 # The fields that say how to sample: flags of inference.py and evaluate.py too.
 SAMPLING = ("sampler", "sample_steps", "cfg_scale", "cfg_low", "cfg_high", "eta")
@@ -49,6 +50,9 @@ PRESETS = {
     "pictures": TEXTURED | dict(patch_size=None, hidden_size=256, train_steps=4500),
     "words": dict(dataset="scenes", block="joint-attention", patch_size=7, hidden_size=128, depth=4, train_steps=5000)
     | dict(optimizer="muon", cfg_scale=3.0, cfg_low=0.2, cfg_high=1.0),  # captions instead of labels, in twenty minutes
+    "one-step": dict(process="consistency", init_from=str(ROOT / "model.pth"), train_steps=3500, warmup_steps=500)
+    | dict(learning_rate=1.2e-3, time_sampling="uniform", label_dropout=0.0, teacher_cfg_scale=1.7)
+    | dict(sampler="consistency", sample_steps=1, cfg_scale=1.0),  # model.pth tuned, to draw in one evaluation
     "classic": ORIGINAL  # the recipe of a well-known teaching repository, in this one's model and loop, cut short
     | dict(patch_size=4, hidden_size=64, depth=3, loss="l1", learning_rate=1e-3, batch_size=300, train_steps=2000)
     | dict(sample_steps=1000, cfg_scale=1.0),
@@ -102,6 +106,7 @@ class Config:
     clip_x0: bool = option(True, "clip estimates of x_0 to [-1, 1]: right for pixels, wrong for latents", bool)
     time_sampling: str = option("logit_normal", "how training draws t", choices=("uniform", "logit_normal"))
     time_mean: float = option(1.0, "logit-normal's mean; above 0, more noise than data", float)
+    teacher_cfg_scale: float = option(1.7, "guidance that consistency tuning puts into the weights", float)
 
     optimizer: str = option("adamw", "muon: for the blocks' matrices", choices=("adamw", "muon"), group="training")
     warmup_steps: int = option(200, "steps over which the learning rate rises from 0", int, least=0, most=10**9)
@@ -120,7 +125,7 @@ class Config:
     tensorboard: bool = option(False, "write figures and samples for TensorBoard too, to out_dir", bool)
     profile: bool = option(False, "see where the time of a few steps goes: a table, and trace.json in out_dir", bool)
 
-    sampler: str = option("dpm++", "ddpm, ddim or dpm++; euler or heun for flow_matching", group="sampling")
+    sampler: str = option("dpm++", "ddpm, ddim or dpm++; euler, heun for flow_matching; consistency", group="sampling")
     sample_steps: int = option(12, "steps from noise to image, of at most 1000 timesteps", int, least=1, most=1000)
     cfg_scale: float = option(1.7, "guidance scale; 1 is none, 0 leaves the label out", float)
     cfg_low: float = option(0.45, "guide only at noise levels (0 data, 1 noise) above this", float, least=0, below=1)
@@ -142,17 +147,13 @@ class Config:
         if self.cfg_low >= self.cfg_high:
             raise UserError(f"cfg_low is {self.cfg_low}; it must be less than cfg_high, {self.cfg_high}")
         if self.hidden_size % 4 or self.hidden_size % self.num_heads:
-            step = math.lcm(4, self.num_heads)
-            near = max(step, round(self.hidden_size / step) * step)
-            raise UserError(
-                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads} and by 4; try {near}"
-            )
+            width, step = self.hidden_size, math.lcm(4, self.num_heads)
+            near = max(step, round(width / step) * step)
+            raise UserError(f"hidden_size {width} is not divisible by num_heads {self.num_heads} and by 4; try {near}")
         if self.image_size and self.patch_size and self.image_size % self.patch_size:
-            divisors = [p for p in range(2, self.image_size) if self.image_size % p == 0]
-            raise UserError(
-                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; "
-                f"try patch_size {', '.join(map(str, divisors or [1, self.image_size]))}"
-            )
+            side = self.image_size
+            fit = ", ".join(str(p) for p in range(2, side) if side % p == 0) or f"1, {side}"
+            raise UserError(f"image_size {side} is not divisible by patch_size {self.patch_size}; try patch_size {fit}")
         for name, of_process in (("prediction", PREDICTIONS), ("sampler", SAMPLERS)):
             value, known = getattr(self, name), of_process[self.process]
             if value not in known:
@@ -161,6 +162,8 @@ class Config:
             raise UserError(f"learn_sigma is an option of process diffusion, not of {self.process}; leave it out")
         if self.num_classes == 1 and not self.label_dropout and self.cfg_scale != 1:
             raise UserError(f"cfg_scale is {self.cfg_scale}; a model of one class has nothing to be guided by; give 1")
+        if self.process == "consistency" and self.cfg_scale != 1:
+            raise UserError(f"cfg_scale is {self.cfg_scale}; a consistency model's guidance is in its weights; give 1")
         if self.shard and self.optimizer == "muon":  # its steps are products of whole matrices
             raise UserError("shard does not go with optimizer muon, which needs whole matrices; give adamw")
         if self.eta and self.sampler != "ddim":
@@ -191,9 +194,9 @@ def preset(name: str = "digits", **changes: Any) -> Config:
     process = settings.get("process", "diffusion")
     for other, options in OPTIONS.items():
         for option_name in options:
-            if other != process and option_name in settings:
+            if option_name in settings and option_name not in OPTIONS[process]:
                 advice = "leave it out" if option_name in changes else f"preset {name} sets it, so choose another"
                 raise UserError(f"{option_name} is an option of process {other}, not of {process}; {advice}")
     if process != PRESETS[name].get("process", "diffusion"):
-        settings["sampler"] = changes.get("sampler", "euler" if process == "flow_matching" else "dpm++")
+        settings["sampler"] = changes.get("sampler", "dpm++" if process == "diffusion" else SAMPLERS[process][0])
     return Config(preset=name, **settings)
