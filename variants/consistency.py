@@ -21,8 +21,8 @@ from torch import Generator, Tensor, nn
 from diffusion import Diffusion, forgive_overshoot, guidance_at, guided
 
 SIGMA_DATA, TIME_SCALE = 0.5, 10.0  # of the boundary: but for t = 0, f is nearly the network alone (Luo et al., 2023)
-FIRST_GAP, STAGES = 125, 3  # t - r at first; it is halved at each further stage of training
-ANCHOR = 125  # r below that is 0: the teacher knows the end from there, and no error of the student's enters
+FIRST_GAP, STAGES = 400, 4  # t - r at first; it is halved at each further stage of training
+ANCHOR = 200  # r below that is 0: the teacher knows the end from there, and no error of the student's enters
 HUBER = 0.00054  # where the loss turns from a square into a norm, per dimension (Song & Dhariwal, 2024, section 3.3)
 
 
