@@ -30,7 +30,8 @@ def test_shapes_are_those_of_the_network(tmp_path):
         "label table, 11×64",
         "its guess of $v$",
     }
-    words |= {"attention\n4 heads\nof 16", "MLP\n16×256\ninside", "block 2", "One of the 2 blocks, opened: adaLN-Zero"}
+    words |= {"label table, 11×64", "block 2", "One of the 2 blocks, opened: adaLN-Zero"}
+    words |= {"attention\n4 heads\nof 16", "MLP\n16×256\ninside"}
     assert words < set(architecture.words_of(figure)) and "block 3" not in architecture.words_of(figure)
     architecture.save(figure, tmp_path / "network.png")
     with Image.open(tmp_path / "network.png") as picture:
