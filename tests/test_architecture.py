@@ -20,18 +20,9 @@ def shipped():
 def test_shapes_are_those_of_the_network(tmp_path):
     sizes = dict(image_size=32, patch_size=8, in_channels=3, hidden_size=64, depth=2, num_heads=4, learn_sigma=True)
     figure = architecture.draw(random_dit(**sizes), Config(**sizes, prediction="v", sample_steps=1))
-    words = {
-        "3×32×32",
-        "16 patches of 8×8",
-        "16×192",
-        "16×384",
-        "16×64",
-        "6×64",
-        "label table, 11×64",
-        "its guess of $v$",
-    }
-    words |= {"label table, 11×64", "block 2", "One of the 2 blocks, opened: adaLN-Zero"}
-    words |= {"attention\n4 heads\nof 16", "MLP\n16×256\ninside"}
+    words = {"3×32×32", "16 patches of 8×8", "16×192", "16×384", "16×64", "6×64", "MLP\n16×256\ninside"}
+    words |= {"attention\n4 heads\nof 16", "One of the 2 blocks, opened: adaLN-Zero", "block 2"}
+    words |= {"label table, 11×64", "its guess of $v$"}
     assert words < set(architecture.words_of(figure)) and "block 3" not in architecture.words_of(figure)
     architecture.save(figure, tmp_path / "network.png")
     with Image.open(tmp_path / "network.png") as picture:
