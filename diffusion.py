@@ -41,16 +41,14 @@ LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
 TIME_SAMPLINGS = ("uniform", "logit_normal")
 
 
-def draw_time(
-    count: int, time_sampling: str, time_mean: float, device: torch.device, generator: Generator | None
-) -> Tensor:
+def draw_time(count: int, sampling: str, mean: float, device: torch.device, generator: Generator | None) -> Tensor:
     """Training's random times, 0 (data) to 1 (noise) -> (count,): "uniform", or "logit_normal", sigmoid(N(mean, 1)).
 
     The logit-normal spares the two ends, where there is little to learn (Esser et al., 2024, section 3.1).
     """
-    if time_sampling == "uniform":
+    if sampling == "uniform":
         return torch.rand(count, device=device, generator=generator)
-    return (time_mean + torch.randn(count, device=device, generator=generator)).sigmoid()
+    return (mean + torch.randn(count, device=device, generator=generator)).sigmoid()
 
 
 def forgive_overshoot(target: Tensor, x0: Tensor, limit: float = 1.1) -> Tensor:
@@ -72,14 +70,14 @@ def guidance_at(noise_level: float, cfg_scale: float, cfg_interval: tuple[float,
     return cfg_scale if cfg_scale < 1 or low < noise_level <= high else 1.0
 
 
-def guided(model: Callable, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
+def guided(model: Callable, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (Ho & Salimans, 2022): unconditional + cfg_scale * (conditional - unconditional).
 
     Guidance without a classifier: the same network, told no label, says what every image has in common, and what the
     label adds is exaggerated. cfg_scale 1 is the conditional model alone, one network evaluation an image; anything
     else costs two. (The paper's w counts from there: cfg_scale = w + 1.)
     """
-    if cfg_scale == 1:
+    if not isinstance(cfg_scale, Tensor) and cfg_scale == 1:
         return model(x, t, y)
     null = torch.full_like(y, model.num_classes)
     conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
@@ -122,8 +120,7 @@ class Diffusion:
         self.prediction = prediction
         self.time_sampling, self.time_mean = time_sampling, time_mean
         self.loss_function = LOSSES[loss]
-        self.clip_x0 = clip_x0
-        self.num_timesteps = num_timesteps
+        self.clip_x0, self.num_timesteps = clip_x0, num_timesteps
         self.alphas_cumprod = SCHEDULES[schedule](num_timesteps).float()
         self.tables: dict[torch.device, Tensor] = {}  # of alphas_cumprod_at
 
@@ -154,8 +151,8 @@ class Diffusion:
         signal_scale, noise_scale = self.signal_and_noise(t)
         return signal_scale * noise - noise_scale * x0
 
-    def draw_noise(self, x0: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        """What is random in the loss of x0 (B, C, H, W): timesteps (B,) and noise (B, C, H, W)."""
+    def draw_noise(self, x0: Tensor, generator: Generator | None = None, progress: float = 1) -> tuple[Tensor, Tensor]:
+        """What is random in the loss of x0 (B, C, H, W), at any progress: timesteps (B,) and noise (B, C, H, W)."""
         time = draw_time(len(x0), self.time_sampling, self.time_mean, x0.device, generator)
         t = (time * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
         return t, torch.randn(x0.shape, device=x0.device, generator=generator)

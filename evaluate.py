@@ -41,7 +41,6 @@ from torch import Tensor, nn
 
 from config import ROOT, SAMPLING, Config
 from dataset import DATASETS, Dataset, denormalize, load_dataset, normalize
-from diffusion import Diffusion
 from dit import DiT
 from inference import draw_images
 from loaders.scenes import scenes_of
@@ -323,7 +322,7 @@ def report_bits(given: dict, data_dir: Path) -> dict:
     skip_damaged = given.pop("skip_damaged", config.skip_damaged)
     refuse_others(given, "--bits-per-dim")
     process = build_process(config)
-    if not isinstance(process, Diffusion):
+    if config.process != "diffusion":
         raise UserError(f"--bits-per-dim is a bound of diffusions; {checkpoint} is a model of {config.process}")
     if config.latents:
         raise UserError(f"--bits-per-dim is a bound for pixels; {checkpoint} is a model of latents")

@@ -46,9 +46,8 @@ OF_THE_DATA = ("in_channels", "num_classes", "class_names", "caption_length", "c
 def learning_rate_at(step: int, config: Config) -> float:
     """Linear warm-up, then a cosine's fall to 0 at the last step, or none."""
     warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    if config.lr_decay == "constant":
-        return config.learning_rate * warmup
-    return config.learning_rate * warmup * (1 + math.cos(math.pi * step / config.train_steps)) / 2
+    decay = 1.0 if config.lr_decay == "constant" else (1 + math.cos(math.pi * step / config.train_steps)) / 2
+    return config.learning_rate * warmup * decay
 
 
 def ema_decay_at(step: int, config: Config) -> float:
@@ -88,9 +87,9 @@ def draw_batch(
     mirrored = torch.rand(shape, device=device, generator=generator) < 0.5 if config.flip else None
     x0, y = data.draw(index, mirrored, generator, part)
     with record_function("noise"):
-        t, noise = process.draw_noise(x0[:1].expand(*shape, -1, -1, -1), generator)  # for a batch of this shape
+        drawn = process.draw_noise(x0[:1].expand(*shape, -1, -1, -1), generator, step / config.train_steps)
     dropped = dropped[part].view(-1, *[1] * (y.ndim - 1))  # a caption as a whole
-    batch = (x0, y.masked_fill(dropped, config.num_classes), t[part], noise[part])
+    batch = (x0, y.masked_fill(dropped, config.num_classes), *(tensor[part] for tensor in drawn))
     return list(zip(*(tensor.chunk(config.accumulation_steps) for tensor in batch)))
 
 
@@ -114,8 +113,6 @@ def save_samples(step: int, ema: nn.Module, config: Config, vae: nn.Module | Non
 def train(config: Config, state: dict[str, Any] | None = None) -> Path:
     """Train until config.train_steps, from scratch or on from a checkpoint's state; returns the run's folder."""
     out_dir = config.run_dir
-    if not state:
-        refuse_trained(out_dir)
     device, part = choose_device(config.device), distributed.own_part(config)
     with distributed.first_then_others():
         config, data, vae = prepare(config, device)
@@ -129,11 +126,10 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         start_from(config.init_from, model, config)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     model, ema = (distributed.spread(network, device, config.shard) for network in (model, ema))
-    process, optimizers = build_process(config), build_optimizers(model, config)
+    process, optimizers = build_process(config, ema, state), build_optimizers(model, config)
     step, *counters = restore_run(state, out_dir, data, model, ema, optimizers) if state else (0, [], 0.0, 0, 0.0)
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")  # not of the loss
-
     batch_of = partial(draw_batch, data, process, config, device=device, part=part)
     num_parts = distributed.processes() * config.accumulation_steps
 
@@ -142,14 +138,14 @@ def train(config: Config, state: dict[str, Any] | None = None) -> Path:
         return process.loss(autocast(network), x0, y, drawn=drawn)
 
     def save_checkpoint() -> None:
-        save_run(out_dir, config, data, model, ema, optimizers, [step, *log.counters()])
+        save_run(out_dir, config, data, process, model, ema, optimizers, [step, *log.counters()])
 
     with ExitStack() as stack:
         if distributed.first():
             (out_dir / "samples").mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out_dir))
             if not state:
-                refuse_trained(out_dir)  # again, for another run may have ended here meanwhile
+                refuse_trained(out_dir)  # asked before, but another run may have ended here meanwhile
         distributed.check_shared(out_dir)
         log = stack.enter_context(closing(RunLog(config, out_dir / "loss.csv", device, step, *counters)))
         if not state:
@@ -207,8 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_fields(*(f.name for f in dataclasses.fields(Config) if f.name not in OF_THE_DATA))
     parser.group("basics").add_argument("--resume", action="store_true", help="go on from --out-dir's checkpoint")
     with distributed.joined():
-        given = vars(parser.parse_args(argv))
-        train(*begun(given))
+        train(*begun(vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from train import train
 CSV = Path(__file__).with_suffix(".csv")
 COLUMNS = "experiment block patch_size hidden_size depth seed step sample_steps parameters gflops accuracy FD_ratio"
 NUM_SAMPLES = 2000
-RECIPE = dict(learning_rate=1e-3, lr_decay="constant", compile="off", sampler="ddpm", cfg_scale=1.0)
+RECIPE = dict(optimizer="adamw", learning_rate=1e-3, lr_decay="constant", time_mean=1.0)
+RECIPE |= dict(compile="off", sampler="ddpm", cfg_scale=1.0)
 STEPS = 2000
 SAMPLE_STEPS = 32
 SIZES = [dict(depth=depth, hidden_size=hidden_size) for depth, hidden_size in ((3, 48), (4, 96), (6, 144), (8, 192))]

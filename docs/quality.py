@@ -43,7 +43,7 @@ def settings(process: str) -> list[dict]:
         usual = Config()
         found += [("dpm++", 20, w, 0.0, 1.0) for w in GUIDANCE]
         found += [("dpm++", usual.sample_steps, w, usual.cfg_low, usual.cfg_high) for w in GUIDANCE]
-    else:
+    elif process == "flow_matching":
         found += [("heun", 10, w, 0.0, 1.0) for w in GUIDANCE]
     return [dict(zip(SAMPLING, values)) for values in found]
 

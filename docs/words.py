@@ -12,8 +12,9 @@ from pathlib import Path
 
 import evaluate
 from config import ROOT, preset
+from support.checkpoint import save_in_half
 from support.command_line import run_script
-from support.files import load_file, save_file, writing
+from support.files import writing
 from support.run_state import resumed
 from train import train
 
@@ -35,9 +36,7 @@ def train_way(name: str, block: str, steps: int) -> Path:
             train(*resumed({"out_dir": str(run_dir)}))
         else:
             train(preset("words", block=block, train_steps=steps, out_dir=str(run_dir)))
-        content = load_file(run_dir / "model.pth")
-        content["model"] = {name: tensor.half() for name, tensor in content["model"].items()}
-        save_file(content, path)
+        save_in_half(run_dir / "model.pth", path)
     return path
 
 

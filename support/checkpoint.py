@@ -4,8 +4,10 @@
 of a config, are recognised by published.py; what a training run goes on from is in run_state.py.
 """
 
+import copy
 import dataclasses
 import inspect
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import OPTIONS, SAMPLING, Config
+from config import OPTIONS, ROOT, SAMPLING, Config
 from diffusion import Diffusion
 from dit import DiT
 from dit_block import DiTBlock
@@ -21,11 +23,12 @@ from support.captions import parse_caption
 from support.command_line import parse_labels
 from support.distributed import processes
 from support.errors import UserError, believing
-from support.files import read_file, warn
+from support.files import load_file, read_file, save_file, warn
 from support.machine import check_memory
 from support.published import DOWNLOADS, read_published, sizes_of, weights_of
 from variants.captions import BagOfWords, TextEmbedder
 from variants.conditioning import AdaLNBlock, CrossAttentionBlock, InContextBlock
+from variants.consistency import ConsistencyModel
 from variants.flow_matching import FlowMatching
 from variants.joint_attention import JointAttentionBlock
 from variants.learned_variance import LearnedVariance
@@ -39,7 +42,7 @@ BLOCKS = {
     "modern": ModernBlock,
     "joint-attention": JointAttentionBlock,
 }
-PROCESSES = {"diffusion": Diffusion, "flow_matching": FlowMatching}
+PROCESSES = {"diffusion": Diffusion, "flow_matching": FlowMatching, "consistency": ConsistencyModel}
 # The fields that every version has written, and that no default can stand for.
 OF_EVERY_FILE = "image_size patch_size in_channels hidden_size depth num_heads num_classes".split()
 OF_EVERY_FILE += ["process", "prediction", "schedule"]
@@ -47,15 +50,22 @@ OF_EVERY_FILE += ["process", "prediction", "schedule"]
 BEFORE = dict(block="adaLN-Zero", learn_sigma=False, clip_x0=True, time_sampling="uniform", time_mean=0.0)
 BEFORE |= dict(optimizer="adamw", cfg_low=0.0, cfg_high=1.0, accumulation_steps=1, activation_checkpointing=False)
 BEFORE |= dict(flip=False, skip_damaged=False, vae=None, init_from=None, class_names=None, latents=False)
-BEFORE |= dict(caption_length=None, captions=None)
+BEFORE |= dict(caption_length=None, captions=None, teacher_cfg_scale=1.0)
 OF_THE_MACHINE = ("data_dir", "out_dir", "device", "shard", "tensorboard", "profile")
 NETWORK = "image_size in_channels patch_size hidden_size depth num_heads block caption_length".split()
 PROCESS = ("process", "prediction", "time_sampling", "time_mean", *SAMPLING[:-1])  # eta is among OPTIONS
 
 
 def model_config(config: Config) -> dict[str, Any]:
-    """What model.pth keeps of a Config: everything but what concerns the machine that trained it."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in OF_THE_MACHINE}
+    """What model.pth keeps of a Config: everything but what concerns the machine that trained it.
+
+    Of init_from that is the path from the root of the repository, or of a file that is elsewhere its name.
+    """
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in OF_THE_MACHINE}
+    if config.init_from:
+        start = Path(config.init_from)
+        fields["init_from"] = start.relative_to(ROOT).as_posix() if start.is_relative_to(ROOT) else start.name
+    return fields
 
 
 def build_model(config: Config) -> DiT:
@@ -85,13 +95,30 @@ def build_model(config: Config) -> DiT:
     )
 
 
-def build_process(config: Config) -> Diffusion | FlowMatching:
-    """The process that a config names; its options bear the names of the config's fields."""
+def build_process(
+    config: Config, start: DiT | None = None, state: dict[str, Any] | None = None
+) -> Diffusion | FlowMatching:
+    """The process that a config names; its options bear the names of the config's fields.
+
+    Args:
+        start: to train, the network that the run starts from, of which the teacher is a copy, where there is one.
+        state: of the checkpoint that the run goes on from instead; its teacher is taken out of it.
+
+    Raises:
+        UserError: for a teacher in shards.
+    """
     process = PROCESSES[config.process]
     if config.learn_sigma:
         process = LearnedVariance
     options = inspect.signature(process).parameters
-    return process(**{name: value for name, value in vars(config).items() if name in options})
+    values = {name: value for name, value in vars(config).items() if name in options}
+    if start is not None and "teacher" in options:
+        if config.shard:
+            raise UserError(f"shard does not go with process {config.process}, whose teacher is whole; leave it out")
+        values["teacher"] = copy.deepcopy(start)
+        if state:
+            values["teacher"].load_state_dict(state.pop("teacher"))
+    return process(**values)
 
 
 def read_config(values: Any, path: str | Path, needed: Iterable[str] = OF_EVERY_FILE) -> Config:
@@ -142,11 +169,11 @@ def check_state(state: dict[str, Tensor], config: Config) -> DiT:
 def check_size(config: Config, device: torch.device, copies: int | None = None) -> None:
     """UserError, before the work, for a network that cannot be trained in the memory that is there.
 
-    Counted is the least it takes: weights, gradients, their average and the optimizer's moments, two of AdamW's, and
+    Counted is the least it takes: weights, gradients, the average, the optimizer's moments, two of AdamW's, a teacher;
     of the activations, for each feature of a token in each block, the six numbers that compiled code in bf16 keeps.
     """
     parameters = sum(parameter.numel() for parameter in empty_model(config).parameters())
-    copies = copies or (4 if config.optimizer == "muon" else 5)
+    copies = copies or (4 if config.optimizer == "muon" else 5) + (config.process == "consistency")
     copies /= processes() if config.shard else 1
     images = config.batch_size // (processes() * config.accumulation_steps)
     tokens = images * (config.image_size // config.patch_size) ** 2
@@ -193,10 +220,32 @@ def load_model(
     return model.eval(), config
 
 
-def settings_of(path: str | Path) -> dict[str, Any]:
-    """The fields of Config that weights to start from decide: their network, its process and how to sample from it."""
+def save_in_half(source: str | Path, path: str | Path) -> None:
+    """A model.pth again, with its weights in half precision, to be shipped; load_model makes float32 of them."""
+    content = load_file(source)
+    content["model"] = {name: tensor.half() for name, tensor in content["model"].items()}
+    save_file(content, path)
+
+
+def settings_of(path: str | Path, process: str | None = None) -> dict[str, Any]:
+    """The fields of Config that weights to start from decide: their network, its process and how to sample from it.
+
+    Args:
+        process: that of the run, where it is said. To tune them for consistency they must be of a diffusion that
+            predicts x_0; of their process the schedule is kept then, and how to sample is another matter.
+
+    Raises:
+        UserError: for weights of another process, or that cannot be tuned.
+    """
     config = load_model(path)[1]
-    names = [*NETWORK, *PROCESS, *OPTIONS[config.process]]
+    process, names = process or config.process, [*NETWORK, *PROCESS, *OPTIONS[config.process]]
+    if process == "consistency":
+        if (config.process, config.prediction, config.learn_sigma) != ("diffusion", "x0", False):
+            told = f"{config.prediction}{' and variances' if config.learn_sigma else ''} in process {config.process}"
+            raise UserError(f"--init-from {path}: it predicts {told}; process consistency needs x0 in diffusion")
+        names = [*NETWORK, "schedule", "clip_x0"]
+    elif process != config.process:
+        raise UserError(f"--init-from {path} is of process {config.process}; leave out --process {process}")
     # Latents' size is not that of the images, which the user names; channels are the data's to say.
     left_out = {"in_channels", "caption_length", "image_size" if config.latents else ""}
     left_out |= set(SAMPLING) if config.num_classes == 1 else set()
@@ -234,7 +283,7 @@ def start_from(path: str | Path, model: DiT, config: Config) -> None:
     """Put weights of ours or published ones into a fresh model; classes that they do not know start from "no label".
 
     Raises:
-        UserError: if they are of another size or kind of network.
+        UserError: if they are of another size or kind of network; to be tuned, if they have learned other data.
     """
     other, theirs = load_model(path, next(model.parameters()).device)
     for name in (*NETWORK, "learn_sigma"):
@@ -248,15 +297,19 @@ def start_from(path: str | Path, model: DiT, config: Config) -> None:
     fresh = model.y_embedder.embedding_table.weight.clone()
     model.load_state_dict(state | {"y_embedder.embedding_table.weight": fresh})
     # The only class of a folder has no name, and number 0 means something else where there are several.
-    known = class_names_of(theirs) if config.num_classes > 1 or theirs.num_classes == 1 else []
+    names = class_names_of(theirs) if config.num_classes > 1 or theirs.num_classes == 1 else []
     table, new = model.y_embedder.embedding_table.weight, []
     table[-1] = rows[-1]  # the null class
     for i, name in enumerate(class_names_of(config)):
-        if name in known:
-            table[i] = rows[known.index(name)]
+        if name in names:
+            table[i] = rows[names.index(name)]
         else:
             table[i] += rows[-1]
             new.append(name)
+    known = f"{config.num_classes - len(new)} of the {'words' if config.caption_length else 'classes'}"
+    folders = os.path.isabs(theirs.dataset) and os.path.isabs(config.dataset)  # the same one may have moved
+    if config.process == "consistency" and (new or theirs.dataset != config.dataset and not folders):
+        told = f"it has learned {theirs.dataset}, this run has {config.dataset}, of which it knows {known}"
+        raise UserError(f"--init-from {path}: {told}; process consistency tunes on the same data")
     told = f"; new to them: {', '.join(new[:10])}{' ...' if len(new) > 10 else ''}" if new else ""
-    what = "words" if config.caption_length else "classes"
-    print(f"start      the weights of {path}, which know {config.num_classes - len(new)} of the {what}{told}")
+    print(f"start      the weights of {path}, which know {known}{told}")

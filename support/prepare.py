@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from config import PRESET_OF, Config
+from config import PRESET_OF, PRESETS, Config
 from dataset import DATASETS, Dataset, load_dataset
 from loaders.sources import full_name
 from support.autoencoder import downsampling, encode_dataset, open_vae
@@ -28,13 +28,19 @@ def rooted(given: dict[str, Any]) -> dict[str, Any]:
 
 def preset_of(given: dict[str, Any]) -> str:
     """The preset that flags name; where they name none, the one that suits their dataset."""
+    if given.get("process") == "consistency":
+        return given.get("preset") or "one-step"
     return given.get("preset") or PRESET_OF.get(given.get("dataset", "auto"), "pictures")
 
 
 def new_settings(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of config.preset for a new run: the flags given, and what the weights to start from decide."""
     given = rooted(given)
-    start = settings_of(given["init_from"]) if "init_from" in given else {}
+    settings = PRESETS.get(given.get("preset"), {}) | given
+    tuned, path = settings.get("process") == "consistency", settings.get("init_from")
+    if tuned and not path:
+        raise UserError("process consistency tunes weights that are there; give --init-from, such as model.pth")
+    start = settings_of(path, "consistency" if tuned else given.get("process")) if path else {}
     changes = start | {name: value for name, value in given.items() if name != "preset"}
     return {"name": preset_of(given), **changes}
 
@@ -83,7 +89,7 @@ def prepare(config: Config, device: torch.device) -> tuple[Config, Dataset, nn.M
     if data.caption_length:
         changes |= dict(captions=tuple(caption_text(y, data.class_names) for y in data.labels[:10].tolist()))
     if data.num_classes == 1:  # there is no other to be told from
-        changes |= dict(cfg_scale=1.0, label_dropout=0.0)
+        changes |= dict(cfg_scale=1.0, teacher_cfg_scale=1.0, label_dropout=0.0)
     return config.replace(**changes), data.to(device), vae
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from config import ROOT, Config, preset
 from dataset import Dataset
+from diffusion import Diffusion
 from dit import DiT
 from support.checkpoint import BEFORE, OF_THE_MACHINE, check_state, model_config, read_config
 from support.distributed import check_shared, first, launch_name, part_like, processes, together, whole
@@ -54,6 +55,7 @@ def save_run(
     out_dir: Path,
     config: Config,
     data: Dataset,
+    process: Diffusion,
     model: DiT,
     ema: DiT,
     optimizers: list[torch.optim.Optimizer],
@@ -70,6 +72,8 @@ def save_run(
     fields = vars(config) | {"data_dir": data_dir and os.path.abspath(data_dir)}
     content = {"config": fields, "model": weights, "ema": average, "progress": progress}
     content |= {"optimizers": moments, "made_with": made_with(model, data)}
+    if config.process == "consistency":
+        content["teacher"] = process.teacher.state_dict()
     save_file(content, out_dir / "checkpoint.pth")
     save_file({"model": average, "config": model_config(config)}, out_dir / "model.pth")
 
@@ -82,12 +86,12 @@ def load_checkpoint(path: str | Path) -> tuple[Config, dict[str, Any]]:
     """
     state = load_file(path)
     needed = {"config", "model", "ema", "optimizers", "progress"}
-    if not isinstance(state, dict) or not needed <= state.keys() <= needed | {"made_with"}:
+    if not isinstance(state, dict) or not needed <= state.keys() <= needed | {"teacher", "made_with"}:
         raise UserError(f"{path} is not a checkpoint of train.py; go on from that of a run, or begin anew")
     fields = {field.name for field in dataclasses.fields(Config)}
     config = read_config(state["config"], path, fields.difference(BEFORE, OF_THE_MACHINE))
     with believing(f"{path} holds no run to go on with"):
-        for name in ("model", "ema"):
+        for name in ("model", "ema", "teacher") if config.process == "consistency" else ("model", "ema"):
             check_state(state[name], config)
             if any(tensor.dtype != torch.float32 for tensor in state[name].values()):
                 raise UserError(f"{name} is not in float32")
@@ -233,4 +237,6 @@ def begun(given: dict[str, Any]) -> tuple[Config, dict[str, Any] | None]:
         return resumed(given)
     if again := restarted(given):
         return resumed(again)
-    return preset(**new_settings(given)), None
+    config = preset(**new_settings(given))
+    refuse_trained(config.run_dir)
+    return config, None

@@ -6,11 +6,11 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import CAPTIONS, WORDS, random_dit
+from conftest import CAPTIONS, ROOT, WORDS, random_dit
 
 from config import Config
 from support import files
-from support.checkpoint import BEFORE, load_model, model_config
+from support.checkpoint import BEFORE, load_model, model_config, save_in_half
 from support.errors import UserError
 from support.files import load_file, save_file
 from variants.captions import TextEmbedder
@@ -35,6 +35,21 @@ def test_a_model_comes_back_as_it_was(model_file):
 
 def test_a_model_file_does_not_tell_its_makers_folders(model_file):
     assert b"private" not in model_file.read_bytes()
+
+
+def test_a_model_file_tells_what_it_started_from_but_not_where_that_was():
+    for path, told in ((ROOT / "runs" / "a" / "model.pth", "runs/a/model.pth"), ("/a/private/folder/b.pth", "b.pth")):
+        assert model_config(CONFIG.replace(init_from=str(path)))["init_from"] == told
+    assert model_config(CONFIG)["init_from"] is None
+
+
+def test_weights_in_half_precision_come_back_in_float32(model_file, tmp_path):
+    save_in_half(model_file, tmp_path / "half.pth")
+    assert all(tensor.dtype == torch.float16 for tensor in load_file(tmp_path / "half.pth")["model"].values())
+    (half, config), (model, was) = load_model(tmp_path / "half.pth"), load_model(model_file)
+    assert config == was
+    for name, tensor in half.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, model.state_dict()[name].half().float())
 
 
 def test_of_a_runs_checkpoint_the_average_is_drawn_with(tmp_path):

@@ -255,8 +255,9 @@ def test_config_names_what_the_process_has():
     assert set(fields["schedule"]) == set(SCHEDULES)
     assert set(fields["loss"]) == set(LOSSES)
     assert fields["time_sampling"] == TIME_SAMPLINGS
-    assert config.SAMPLERS == {"diffusion": Diffusion.samplers, "flow_matching": FlowMatching.samplers}
-    assert config.PREDICTIONS == {"diffusion": PREDICTIONS, "flow_matching": FLOW_PREDICTIONS}
+    assert config.SAMPLERS == {name: process.samplers for name, process in PROCESSES.items()}
+    predictions = {"diffusion": PREDICTIONS, "flow_matching": FLOW_PREDICTIONS, "consistency": ("x0",)}
+    assert config.PREDICTIONS == predictions
     assert tuple(BLOCKS) == config.BLOCKS and tuple(PROCESSES) == tuple(config.SAMPLERS)
     for wrong in (dict(schedule="sigmoid"), dict(prediction="epsilon"), dict(loss="huber"), dict(time_sampling="beta")):
         with pytest.raises(ValueError, match=f"{next(iter(wrong.values()))!r} is not one of"):

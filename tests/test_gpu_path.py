@@ -15,6 +15,7 @@ import train
 from config import PREDICTIONS, SAMPLERS, Config
 from dataset import Dataset
 from inference import denoise
+from support import checkpoint
 from support.checkpoint import build_model, build_process
 from variants.learned_variance import bits_per_dim
 
@@ -25,6 +26,7 @@ PROCESSES = [dict(prediction=prediction) for prediction in PREDICTIONS["diffusio
 PROCESSES += [dict(learn_sigma=True, prediction="noise", sampler="ddpm", loss="l1", clip_x0=False)]
 FLOW = dict(process="flow_matching", sampler="euler")
 PROCESSES += [FLOW | dict(prediction=prediction) for prediction in PREDICTIONS["flow_matching"]]
+PROCESSES += [dict(process="consistency", sampler="consistency", cfg_scale=1.0)]
 
 
 class AnyGenerator(torch.Generator):
@@ -106,7 +108,8 @@ def walk(gpu, tmp_path, monkeypatch, **changes):
         data = data._replace(labels=data.labels[:, None].expand(-1, config.caption_length).contiguous())
     monkeypatch.setattr(train, "prepare", lambda config, device: (config, data, None))
     monkeypatch.setattr(train, "build_model", on_gpu)
-    monkeypatch.setattr(train, "copy", SimpleNamespace(deepcopy=lambda model: on_gpu(config)))
+    for module in (train, checkpoint):
+        monkeypatch.setattr(module, "copy", SimpleNamespace(deepcopy=lambda model: on_gpu(config)))
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
     for name in ("check_size", "save_run", "save_png"):
         monkeypatch.setattr(train, name, lambda *_, **__: None)
@@ -133,7 +136,7 @@ def test_a_run_of_captions_stays_on_the_gpu_and_reads_nothing_from_it(block, gpu
     assert 0 < gpu.reads <= 4
 
 
-@pytest.mark.parametrize("process", [PROCESSES[0], PROCESSES[3], PROCESSES[4]], ids=str)
+@pytest.mark.parametrize("process", [PROCESSES[0], *PROCESSES[3:5], PROCESSES[6]], ids=str)
 def test_more_steps_copy_no_more_to_the_gpu(process, gpu, tmp_path, monkeypatch):
     few = walk(gpu, tmp_path / "few", monkeypatch, train_steps=2, **process)
     assert walk(gpu, tmp_path / "more", monkeypatch, train_steps=6, **process) == few

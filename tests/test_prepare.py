@@ -143,7 +143,8 @@ def test_on_a_gpu_batches_drawn_ahead_are_whole_while_it_is_busy():
 def test_one_class_has_no_labels_to_drop(pictures_dir, tmp_path):
     config = preset("pictures", dataset=str(pictures_dir / "frog"), data_dir=str(tmp_path), image_size=16)
     config, _, _ = prepare(config, CPU)
-    assert (config.num_classes, config.class_names, config.label_dropout, config.cfg_scale) == (1, None, 0.0, 1.0)
+    assert (config.num_classes, config.class_names, config.label_dropout) == (1, None, 0.0)
+    assert (config.cfg_scale, config.teacher_cfg_scale) == (1.0, 1.0)
 
 
 def test_weights_to_start_from_bring_their_network_and_process(pictures_dir, tmp_path, capsys):
@@ -158,9 +159,18 @@ def test_weights_to_start_from_bring_their_network_and_process(pictures_dir, tmp
     (a, config_a), (b, config_b) = load_model(start), load_model(tmp_path / "b" / "model.pth")
     same = "process prediction patch_size hidden_size depth num_heads image_size sampler class_names".split()
     assert all(getattr(config_a, name) == getattr(config_b, name) for name in same)
-    assert config_b.init_from == str(start) and (config_b.preset, config_b.flip) == ("pictures", False)
+    assert (config_b.init_from, config_b.preset, config_b.flip) == ("model.pth", "pictures", False)
     for name, tensor in a.state_dict().items():
         assert torch.allclose(tensor, b.state_dict()[name], atol=1e-6), name
+
+
+def test_weights_of_another_process_are_refused(pictures_dir, tmp_path):
+    folder = ["--dataset", pictures_dir, "--data-dir", tmp_path]
+    fit(tmp_path / "a", *folder, "--train-steps", 1)
+    start = tmp_path / "a" / "model.pth"
+    with pytest.raises(UserError, match=f"^--init-from {start} is of process diffusion; leave out --process flow_mat"):
+        fit(tmp_path / "b", *folder, "--init-from", start, "--process", "flow_matching")
+    assert not (tmp_path / "b").exists()
 
 
 def test_known_classes_keep_their_rows_and_new_ones_start_from_no_label(pictures_dir, tmp_path, capsys):

@@ -12,6 +12,7 @@ from test_train import assert_same, blobs, fit, without_time  # noqa: F401  blob
 
 import dataset
 import train
+from support import run_state
 from support.command_line import run_script
 from support.errors import UserError
 from support.files import load_file, save_file
@@ -123,7 +124,7 @@ def test_a_run_is_not_harmed_by_others_in_its_folder(tmp_path, monkeypatch):
             with pytest.raises(UserError, match="checkpoint.pth is there already; go on with --resume"):
                 fit(disturbed, *flags)
             with monkeypatch.context() as patch:  # one that began before there was a checkpoint
-                patch.setattr(train, "refuse_trained", lambda folder: None)
+                patch.setattr(run_state, "refuse_trained", lambda folder: None)
                 with pytest.raises(UserError, match="is in use by another run"):
                     fit(disturbed, *flags)
             assert before == {path: path.read_bytes() for path in disturbed.rglob("*") if path.is_file()}

@@ -41,8 +41,8 @@ class FlowMatching:
         self.prediction = prediction
         self.time_sampling, self.time_mean = time_sampling, time_mean
 
-    def draw_noise(self, x0: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
-        """What is random in the loss of x0 (B, C, H, W): times (B,) in [0, 1] and noise (B, C, H, W)."""
+    def draw_noise(self, x0: Tensor, generator: Generator | None = None, progress: float = 1) -> tuple[Tensor, Tensor]:
+        """What is random in the loss of x0 (B, C, H, W), at any progress: times (B,) in [0, 1] and noise like it."""
         t = draw_time(len(x0), self.time_sampling, self.time_mean, x0.device, generator)
         return t, torch.randn(x0.shape, device=x0.device, generator=generator)
 
