@@ -36,7 +36,7 @@ EVALUATIONS = {  # without guidance
     "flow_matching": (1, 2, 3, 5, 10, 20, 50, 250),
     "consistency": (1, 2, 4, 12),
 }
-GUIDED_STEPS = (1, 2, 3, 4, 5, 8, 12)  # 1, 4 and 12 evaluations among them, where the middle of the way is guided
+GUIDED_STEPS = (1, 2, 3, 5, 8, 10, 12)  # with guidance as Config has it: 1, 2, 4, 6, 10, 12 and 15 evaluations
 GUIDANCE = (1.25, 1.5, 2.0, 3.0, 5.0)
 COLUMNS = ("process", *SAMPLING[:-1], "evaluations", "accuracy", "FD_ratio")
 
