@@ -24,7 +24,7 @@ SMALL = {
     "train": dict(DATASET="glyphs", TRAIN_STEPS=6, SAMPLE_EVERY=3, LOG_EVERY=2, BATCH_SIZE=8, SAMPLE_STEPS=2)
     | dict(HIDDEN_SIZE=16, DEPTH=1, NUM_IMAGES=4, NUM_TIMESTEPS=3, NUM_ROWS=1),
     "inference": dict(SAMPLE_STEPS=2, STEP_COUNTS=[1, 2], CFG_SCALES=[0, 1, 2], ETAS=[0.0, 1.0])
-    | dict(SIDE_BY_SIDE=[1, 2], NUM_NOISES=2, NUM_IMAGES=4, COLUMNS=3),
+    | dict(SIDE_BY_SIDE=[1, 2], NUM_NOISES=2, NUM_IMAGES=4, COLUMNS=3, PATH_STEPS=4, EVALUATIONS=[1, 2]),
     "your_images": dict(NUM_SYMBOLS=5, IMAGE_SIZE=16, TRAIN_STEPS=6, SAMPLE_EVERY=2, LOG_EVERY=2, BATCH_SIZE=8)
     | dict(HIDDEN_SIZE=16, DEPTH=1, COLUMNS=6),
     "paper": dict(SIZES_SHOWN=["DiT-S/8"]),
@@ -34,13 +34,12 @@ SMALL = {
     | dict(NUM_PATHS=3, STEP_COUNTS=[1, 2]),
 }
 # What a reader does to a notebook that has run: a last cell.
-AFTERWARDS = {
-    "words": """
-for slider in sliders.children[:2]:
+TURN_EACH_SLIDER = """
+for slider in sliders.children[:-1]:
     before, slider.value = sliders.result, slider.max
     assert sliders.result.shape == before.shape and not torch.equal(sliders.result, before)
-""",
-}
+"""
+AFTERWARDS = {"inference": TURN_EACH_SLIDER, "words": TURN_EACH_SLIDER}
 
 
 # Said now and then, or only where the data are not those of the checkpoint.
