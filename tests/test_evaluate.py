@@ -784,7 +784,7 @@ def test_a_file_measured_alone_leaves_the_rows_of_the_others(tmp_path, monkeypat
         quality.main()
         return path.read_text().splitlines()
 
-    before = rows_after("consistency", "flow_matching", "diffusion")
+    before = rows_after("diffusion", "consistency", "flow_matching")
     expected = [process for process in SAMPLERS for _ in quality.settings(process)]
     assert [row.split(",")[0] for row in before[1:]] == expected
     assert path.with_suffix(".png").stat().st_size > 1000
