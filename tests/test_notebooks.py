@@ -25,6 +25,8 @@ SMALL = {
     | dict(HIDDEN_SIZE=16, DEPTH=1, NUM_IMAGES=4, NUM_TIMESTEPS=3, NUM_ROWS=1),
     "inference": dict(SAMPLE_STEPS=2, STEP_COUNTS=[1, 2], CFG_SCALES=[0, 1, 2], ETAS=[0.0, 1.0])
     | dict(SIDE_BY_SIDE=[1, 2], NUM_NOISES=2, NUM_IMAGES=4, COLUMNS=3, PATH_STEPS=4, EVALUATIONS=[1, 2]),
+    "network": dict(DATASET="glyphs", LEVELS=[0, 500, 999], LEVELS_SHOWN=[0, 500], NUM_DIGITS=40, NUM_DRAWN=10)
+    | dict(NUM_MOVED=4, COLUMNS=2, TIMES_TOLD=[500]),
     "your_images": dict(NUM_SYMBOLS=5, IMAGE_SIZE=16, TRAIN_STEPS=6, SAMPLE_EVERY=2, LOG_EVERY=2, BATCH_SIZE=8)
     | dict(HIDDEN_SIZE=16, DEPTH=1, COLUMNS=6),
     "paper": dict(SIZES_SHOWN=["DiT-S/8"]),
@@ -39,7 +41,13 @@ for slider in sliders.children[:-1]:
     before, slider.value = sliders.result, slider.max
     assert sliders.result.shape == before.shape and not torch.equal(sliders.result, before)
 """
-AFTERWARDS = {"inference": TURN_EACH_SLIDER, "words": TURN_EACH_SLIDER}
+LOOK_INSIDE = """
+for slider in sliders.children[:-1]:  # a head changes where patches look in a block, not the picture after it
+    before, slider.value = sliders.result, slider.max
+    changed = [not torch.equal(a, b) for a, b in zip(before, sliders.result)]
+    assert changed == [slider.description != "head", True], slider.description
+"""
+AFTERWARDS = {"inference": TURN_EACH_SLIDER, "words": TURN_EACH_SLIDER, "network": LOOK_INSIDE}
 
 
 # Said now and then, or only where the data are not those of the checkpoint.
