@@ -33,8 +33,21 @@ SMALL = {
     "words": dict(DATASET="glyphs", NUM_DIGITS=200, NUM_CAPTIONS=4, NUM_GUIDED=4, NUM_WATCHED=3, COLUMNS=2)
     | dict(CFG_SCALES=[0, 1, 2], SHARES=[0, 1], SLIDER_STEPS=3),
 }
-# What a reader does to a notebook that has run: a last cell.
+# A last cell, after a notebook has run: what a reader does to it, or a comparison with the modules.
 AFTERWARDS = {
+    "dit_in_100_lines": """
+from diffusion import Diffusion
+process, y = Diffusion(schedule="cosine", prediction="x0"), torch.arange(11)
+t = 99 * y
+torch.manual_seed(1)
+noisy, (*_, drawn) = add_noise(digits[:11], t), sample(ours, y)
+torch.manual_seed(1)
+assert (noisy - process.q_sample(digits[:11], t, torch.randn(noisy.shape))).abs().max() < 1e-5
+*_, expected = process.sample(theirs, torch.randn(drawn.shape), y, 25, "ddpm", 1.5)
+assert (drawn - expected).abs().max() < 1e-3
+fresh, pos_embed = DiT(), dit.sincos_pos_embed(192, 2)
+assert not fresh(noisy, t, y).any() and (fresh.pos_embed - pos_embed).abs().max() < 1e-6
+""",
     "words": """
 for slider in sliders.children[:2]:
     before, slider.value = sliders.result, slider.max
