@@ -2,13 +2,13 @@
 
 import math
 import re
-import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from dataset import denormalize, normalize
@@ -46,10 +46,9 @@ def frames_shown(steps: int, most: int) -> list[int]:
 
 
 def letters(size: int) -> ImageFont.FreeTypeFont:
-    """matplotlib's font, which has more letters than Pillow's own."""
-    import matplotlib  # here, for it takes a moment
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    """The font of matplotlib's plots, which has more letters than Pillow's own."""
+    package = Path(find_spec("matplotlib").origin).parent  # found, not imported, which takes a moment
+    return ImageFont.truetype(package / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def shortened(name: str, most: int = 36) -> str:
@@ -77,36 +76,44 @@ def by_label(images: Tensor, labels: list[str], columns: int) -> tuple[Tensor, l
     return torch.cat([images, gap])[places], names
 
 
-def save_strip(frames: dict[int, Tensor], labels: list[str], path: str | Path) -> None:
-    """The progression: a row per label; frames are the images after so many steps, each (B, C, H, W)."""
-    from matplotlib.figure import Figure  # here, for it takes a second that grids and arrays need not wait
+def enlarged(picture: Image.Image, zoom: int) -> Image.Image:
+    """A picture whose every pixel has become a square."""
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST)
 
+
+def save_strip(frames: dict[int, Tensor], labels: list[str], path: str | Path) -> None:
+    """The progression: a row per label; frames are the images after so many steps, each (B, C, H, W).
+
+    Small images are enlarged to about 60 pixels; beside large ones the text is larger.
+    """
     rows = torch.stack(list(frames.values()), dim=1).flatten(0, 1)  # label by label
-    picture = mosaic(rows, len(frames))
     pitch = rows.shape[-1] + 1  # an image, or one of its channels, and the border
-    height, width = (side // pitch for side in picture.shape[:2])
+    picture = enlarged(Image.fromarray(mosaic(rows, len(frames))), max(1, round(60 / pitch)))
     names = [shortened(str(label)) for label in labels]
     numbers = all(name.isdecimal() for name in names)
-    room = 0.6 if numbers else 0.7 + max(map(letters(10).getlength, names)) / 72  # inches at the left
-    figure = Figure(figsize=(0.6 * width + room, 0.6 * height + 0.6), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(picture, interpolation="nearest")
-    axes.set_xticks([pitch * width / len(frames) * (i + 0.5) for i in range(len(frames))], list(frames))
-    axes.set_yticks([pitch * (i + 0.5) for i in range(len(names))], names, parse_math=False)
-    axes.set(xlabel="denoising steps taken", ylabel="label" if numbers else "", anchor="C" if numbers else "E")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    with writing(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # of a name: a letter that the font lacks is drawn as a box
-        # Large images at about their own size, as long as matplotlib can draw so many pixels.
-        figure.savefig(file, format="png", dpi=min(max(100, pitch / 0.6), 65_000 / max(figure.get_size_inches())))
+
+    font, title = letters(max(14, pitch // 4)), "denoising steps taken"
+    rim, line = font.size // 3, round(1.4 * font.size)
+    width = max(picture.width, math.ceil(font.getlength(title)))
+    room = (line if numbers else 0, rim, rim + width - picture.width, rim + 2 * line)
+    sheet = ImageOps.expand(named(picture, names, font, "black", "white"), room, "white")
+    left, bottom = sheet.width - rim - width, rim + picture.height  # the corner of the images
+    draw = ImageDraw.Draw(sheet)
+    for i, step in enumerate(frames):
+        middle = left + picture.width * (i + 0.5) / len(frames)
+        draw.text((middle, bottom + rim), str(step), "black", font, anchor="ma")
+    draw.text((left + width / 2, bottom + rim + line), title, "black", font, anchor="ma")
+    if numbers:
+        upwards = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
+        draw.text((rim, rim + (picture.height - font.getlength("label")) / 2), "label", "black", upwards)
+    with writing(path) as file:
+        sheet.save(file, "PNG")
 
 
 def save_gif(frames: list[Tensor], path: str | Path) -> None:
     """The same as an animation: all labels side by side, about four seconds and a pause at the end."""
     pictures = [Image.fromarray(mosaic(frame, 10)) for frame in frames]
-    zoom = 3 if pictures[0].width < 400 else 1
-    pictures = [picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST) for picture in pictures]
+    pictures = [enlarged(picture, 3 if picture.width < 400 else 1) for picture in pictures]
     durations = [80] * (len(pictures) - 1) + [2000]  # milliseconds
     with writing(path) as file:
         pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
@@ -119,24 +126,24 @@ def save_png(images: Tensor, path: str | Path, columns: int, labels: list[str] |
     """
     if labels and len(set(labels)) <= 4 * columns:
         images, names = by_label(images, labels, columns)
-        picture = named(Image.fromarray(mosaic(images, len(images) // len(names))), names)
+        picture = Image.fromarray(mosaic(images, len(images) // len(names)))
+        font = letters(round(min(max(picture.height / len(names) / 3, 10), 24)))
+        picture = named(picture, [shortened(name) for name in names], font, "white", (BORDER,) * 3)
     else:
         picture = Image.fromarray(mosaic(images, columns))
     with writing(path) as file:
         picture.save(file, "PNG")
 
 
-def named(picture: Image.Image, names: list[str]) -> Image.Image:
+def named(
+    picture: Image.Image, names: list[str], font: ImageFont.FreeTypeFont, ink: str, paper: str | tuple
+) -> Image.Image:
     """A grid with a name at the left of each of its rows."""
-    pitch = (picture.height - 1) / len(names)
-    font = letters(round(min(max(pitch / 3, 10), 24)))
-    names = [shortened(name) for name in names]
     margin = math.ceil(max(map(font.getlength, names)) + font.size)
-    wide = Image.new("RGB", (margin + picture.width, picture.height), (BORDER,) * 3)
-    wide.paste(picture, (margin, 0))
+    wide = ImageOps.expand(picture, (margin, 0, 0, 0), paper)
     for row, name in enumerate(names):
-        place = (margin - font.size / 2, 1 + pitch * (row + 0.5))
-        ImageDraw.Draw(wide).text(place, name, "white", font, anchor="rm")
+        place = (margin - font.size / 2, picture.height * (row + 0.5) / len(names))
+        ImageDraw.Draw(wide).text(place, name, ink, font, anchor="rm")
     return wide
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 MATMUL_SIZE = {"cpu": 4096, "cuda": 8192}
 PEAK_SECONDS = 0.2  # the least that a timed sample of the peak lasts
@@ -14,6 +13,8 @@ PEAK_SECONDS = 0.2  # the least that a timed sample of the peak lasts
 
 def count_gflops(model: nn.Module) -> float:
     """Gflops of a forward pass of a DiT for one image, a multiply-add counted once, as the paper counts."""
+    from torch.utils.flop_counter import FlopCounterMode  # here, for it loads the GPU's compiler, Triton
+
     device, size = next(model.parameters()).device, model.image_size
     x, t = torch.zeros(1, model.in_channels, size, size, device=device), torch.zeros(1, device=device)
     length = getattr(model.y_embedder, "length", None)  # of a caption
