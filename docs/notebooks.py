@@ -2,7 +2,7 @@
 
 Each is written back with its outputs and a fingerprint of what it ran, so that a test can tell when a notebook, or a
 file that it reads, has changed since (tests/test_notebooks.py). Some minutes on two cores, most of them
-training, in train.ipynb and your_images.ipynb.
+training, in train.ipynb, dit_in_100_lines.ipynb and your_images.ipynb.
 """
 
 import hashlib
@@ -15,16 +15,18 @@ from nbconvert.preprocessors import ExecutePreprocessor
 from config import ROOT
 
 FOLDER = ROOT / "notebooks"
-NAMES = ("diffusion", "train", "inference", "network", "your_images", "paper", "words", "targets")
+NAMES = ("diffusion", "dit_in_100_lines", "train", "inference", "network", "your_images", "paper", "words", "targets")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def fingerprint(notebook: nbformat.NotebookNode) -> str:
     """A hash of the code cells and of the files that the "parameters" cell names: weights, tables of measurements.
 
-    The first cell is left out: all it does is to find the repository.
+    What stands before the parameters is left out: all it does is to find the repository.
     """
-    _, parameters, *others = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    (first,) = (i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", []))
+    parameters, *others = [cell.source for cell in cells[first:]]
     parts = [source.encode() for source in (parameters, *others)]
     parts += [(ROOT / name).read_bytes() for name in re.findall(r'"(\S+\.\w+)"', parameters)]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
@@ -43,6 +45,8 @@ def run(name: str) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+            for output in cell.outputs:
+                output.get("data", {}).pop("image/jpeg", None)  # of a picture that is there as PNG, too
     notebook.metadata["fingerprint"] = fingerprint(notebook)
     nbformat.write(notebook, path)
 

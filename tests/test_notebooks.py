@@ -9,6 +9,7 @@ everything again could tell.
 
 import csv
 import re
+import sys
 
 import nbformat
 import pytest
@@ -21,6 +22,7 @@ from docs.notebooks import NAMES, fingerprint
 
 SMALL = {
     "diffusion": dict(DATASET="glyphs", LEVELS=[0, 500, 999], NUM_CHAINS=2, NUM_IMAGES=4, NUM_TIMESTEPS=3),
+    "dit_in_100_lines": dict(DOWNLOAD=False, TRAIN_STEPS=20, NUM_READ=20),
     "train": dict(DATASET="glyphs", TRAIN_STEPS=6, SAMPLE_EVERY=3, LOG_EVERY=2, BATCH_SIZE=8, SAMPLE_STEPS=2)
     | dict(HIDDEN_SIZE=16, DEPTH=1, NUM_IMAGES=4, NUM_TIMESTEPS=3, NUM_ROWS=1),
     "inference": dict(SAMPLE_STEPS=2, STEP_COUNTS=[1, 2], CFG_SCALES=[0, 1, 2], ETAS=[0.0, 1.0])
@@ -35,7 +37,20 @@ SMALL = {
     "targets": dict(DIMENSIONS=[2, 4], WIDTH=8, TRAIN_STEPS=3, BATCH_SIZE=8, NUM_SAMPLES=20, NUM_POINTS=10)
     | dict(NUM_PATHS=3, STEP_COUNTS=[1, 2]),
 }
-# What a reader does to a notebook that has run: a last cell.
+# Last cells: what a reader does to a notebook that has run, or a comparison with the modules.
+IN_100_LINES = """
+from diffusion import Diffusion
+process, y = Diffusion(schedule="cosine", prediction="x0"), torch.arange(11)
+t = 99 * y
+torch.manual_seed(1)
+noisy, (*_, drawn) = add_noise(digits[:11], t), sample(ours, y)
+torch.manual_seed(1)
+assert (noisy - process.q_sample(digits[:11], t, torch.randn(noisy.shape))).abs().max() < 1e-4
+*_, expected = process.sample(theirs, torch.randn(drawn.shape), y, 25, "ddpm", 1.5)
+assert (drawn - expected).abs().max() < 0.03
+fresh, pos_embed = DiT(), dit.sincos_pos_embed(192, 2)
+assert not fresh(noisy, t, y).any() and (fresh.pos_embed - pos_embed).abs().max() < 1e-6
+"""
 TURN_EACH_SLIDER = """
 for slider in sliders.children[:-1]:
     before, slider.value = sliders.result, slider.max
@@ -47,7 +62,12 @@ for slider in sliders.children[:-1]:  # a head changes where patches look in a b
     changed = [not torch.equal(a, b) for a, b in zip(before, sliders.result)]
     assert changed == [slider.description != "head", True], slider.description
 """
-AFTERWARDS = {"inference": TURN_EACH_SLIDER, "words": TURN_EACH_SLIDER, "network": LOOK_INSIDE}
+AFTERWARDS = {
+    "dit_in_100_lines": IN_100_LINES,
+    "inference": TURN_EACH_SLIDER,
+    "words": TURN_EACH_SLIDER,
+    "network": LOOK_INSIDE,
+}
 
 
 # Said now and then, or only where the data are not those of the checkpoint.
@@ -95,6 +115,18 @@ def test_every_figure_of_the_paper_in_miniature_was_measured():
     keys = [paper.key_of(kind, preset(**fields), step, steps) for kind, fields, step, steps in plan]
     assert [row[: len(keys[0])] for row in rows] == keys
     assert all(0 < float(row[-2]) <= 1 and float(row[-1]) > 0 for row in rows)
+
+
+def test_a_hundred_lines_are_enough_and_import_nothing_of_ours():
+    """dit_in_100_lines, without the cells that say "ours": the stand-in for MNIST, and the checks at the end."""
+    notebook = nbformat.read(ROOT / "notebooks" / "dit_in_100_lines.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    stand_in, *checks = [cell for cell in cells if "ours" in cell.metadata.get("tags", [])]
+    assert stand_in.source.startswith("if mnist is None:") and checks == cells[-len(checks) :]
+    own = "\n".join(cell.source for cell in cells[: -len(checks)] if cell is not stand_in)
+    assert sum(line.strip()[:1] not in ("", "#") for line in own.splitlines()) <= 110
+    imported = set(re.findall(r"^\s*(?:import|from) (\w+)", own, re.MULTILINE))
+    assert {"torch", "torchvision"} <= imported <= {"torch", "torchvision", *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("name", SMALL)
