@@ -119,7 +119,7 @@ def plot() -> None:
         for axes in (above, below):
             axes.grid(alpha=0.3)
             if name == "FD_ratio":
-                axes.set(yscale="log", ylabel=f"FD ratio of {NUM_SAMPLES:,} images (real digits have 1)")
+                axes.set(yscale="log", ylabel=f"FD ratio of {NUM_SAMPLES:,} images (real: 1)")
                 ticks = [1, 2, 5, 10, 20, 50, 100] if axes is above else [1, 2, 5, 10, 20]
                 axes.set_yticks(ticks, ticks)
                 axes.axhline(1, color="black", linestyle=":", label="real digits")
