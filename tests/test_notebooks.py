@@ -15,14 +15,16 @@ import pytest
 from conftest import ROOT
 from nbconvert.preprocessors import ExecutePreprocessor
 
-from config import preset
+from config import Config, preset
 from docs import paper
 from docs.notebooks import NAMES, fingerprint
+from support import run_log
+from train import learning_rate_at
 
 SMALL = {
     "diffusion": dict(DATASET="glyphs", LEVELS=[0, 500, 999], NUM_CHAINS=2, NUM_IMAGES=4, NUM_TIMESTEPS=3),
-    "train": dict(DATASET="glyphs", TRAIN_STEPS=6, SAMPLE_EVERY=3, LOG_EVERY=2, BATCH_SIZE=8, SAMPLE_STEPS=2)
-    | dict(HIDDEN_SIZE=16, DEPTH=1, NUM_IMAGES=4, NUM_TIMESTEPS=3, NUM_ROWS=1),
+    "train": dict(DATASET="glyphs", TRAIN_STEPS=6, NOISE_STEPS=3, KEEP_EVERY=3, NUM_IMAGES=4, NUM_TIMESTEPS=3)
+    | dict(CHANGES=dict(hidden_size=16, depth=1, batch_size=8, sample_steps=2), NUM_ROWS=1),
     "inference": dict(SAMPLE_STEPS=2, STEP_COUNTS=[1, 2], CFG_SCALES=[0, 1, 2], ETAS=[0.0, 1.0])
     | dict(SIDE_BY_SIDE=[1, 2], NUM_NOISES=2, NUM_IMAGES=4, COLUMNS=3),
     "your_images": dict(NUM_SYMBOLS=5, IMAGE_SIZE=16, TRAIN_STEPS=6, SAMPLE_EVERY=2, LOG_EVERY=2, BATCH_SIZE=8)
@@ -31,8 +33,19 @@ SMALL = {
     "words": dict(DATASET="glyphs", NUM_DIGITS=200, NUM_CAPTIONS=4, NUM_GUIDED=4, NUM_WATCHED=3, COLUMNS=2)
     | dict(CFG_SCALES=[0, 1, 2], SHARES=[0, 1], SLIDER_STEPS=3),
 }
-# What a reader does to a notebook that has run: a last cell.
+# A last cell: that train.ipynb's loop is train.py's to the last bit; what a reader does to a notebook that has run.
 AFTERWARDS = {
+    "train": """
+import tempfile
+from support.files import load_file
+from train import train
+
+with tempfile.TemporaryDirectory() as folder:
+    train(config.replace(out_dir=folder, device="cpu", precision="fp32", compile="off"))
+    state = load_file(Path(folder) / "checkpoint.pth")
+for network, weights in zip(kept[TRAIN_STEPS], (state["model"], state["ema"])):
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
+""",
     "words": """
 for slider in sliders.children[:2]:
     before, slider.value = sliders.result, slider.max
@@ -86,6 +99,17 @@ def test_every_figure_of_the_paper_in_miniature_was_measured():
     keys = [paper.key_of(kind, preset(**fields), step, steps) for kind, fields, step, steps in plan]
     assert [row[: len(keys[0])] for row in rows] == keys
     assert all(0 < float(row[-2]) <= 1 and float(row[-1]) > 0 for row in rows)
+
+
+def test_the_run_beside_that_of_the_train_notebook_had_the_defaults_of_now():
+    config = Config()
+    with open(ROOT / "docs" / "defaults.csv") as file:
+        columns, *rows = csv.reader(file)
+    assert ",".join(columns) == run_log.COLUMNS
+    steps = range(config.log_every, config.train_steps + 1, config.log_every)
+    rates = [f"{learning_rate_at(step - 1, config):.6g}" for step in steps]
+    assert [(row[0], row[2]) for row in rows] == [(str(step), rate) for step, rate in zip(steps, rates)]
+    assert float(rows[0][1]) > float(rows[-1][1]) > 0
 
 
 @pytest.mark.parametrize("name", SMALL)
