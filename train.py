@@ -203,7 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_fields(*(f.name for f in dataclasses.fields(Config) if f.name not in OF_THE_DATA))
     parser.group("basics").add_argument("--resume", action="store_true", help="go on from --out-dir's checkpoint")
     with distributed.joined():
-        train(*begun(vars(parser.parse_args(argv))))
+        given = vars(parser.parse_args(argv))
+        train(*begun(given))
 
 
 if __name__ == "__main__":

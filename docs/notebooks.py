@@ -1,4 +1,4 @@
-"""Run the notebooks and keep what they show: `python -m docs.notebooks [NAME ...]`, or `make notebooks` for all six.
+"""Run the notebooks and keep what they show: `python -m docs.notebooks [NAME ...]`, or `make notebooks` for all seven.
 
 Each is written back with its outputs and a fingerprint of what it ran, so that a test can tell when a notebook, or a
 file that it reads, has changed since (tests/test_notebooks.py). Some minutes on two cores, most of them
@@ -15,7 +15,7 @@ from nbconvert.preprocessors import ExecutePreprocessor
 from config import ROOT
 
 FOLDER = ROOT / "notebooks"
-NAMES = ("diffusion", "train", "inference", "your_images", "paper", "words")
+NAMES = ("diffusion", "train", "inference", "your_images", "paper", "words", "targets")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 

@@ -120,7 +120,7 @@ def test_gflops_and_sizes_by_name():
     with torch.device("meta"):
         model = benchmark.build_model(size_config("digits"))
         paper = benchmark.build_model(size_config("DiT-S/4"))
-    tokens, hidden, depth, patch = 4, 192, 6, 14 * 14
+    tokens, hidden, depth, patch = 16, 128, 6, 7 * 7
     linear = depth * (tokens * 12 * hidden**2 + 6 * hidden**2) + tokens * 2 * patch * hidden
     conditioning = 256 * hidden + hidden**2 + 2 * hidden**2
     attention = depth * 2 * tokens**2 * hidden

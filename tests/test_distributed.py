@@ -33,13 +33,14 @@ from support.machine import choose_device
 from support.run_log import RunLog
 
 TINY = dict(dataset="random", patch_size=4, hidden_size=16, depth=1, num_heads=2, batch_size=16, warmup_steps=5)
-TINY |= dict(learning_rate=1e-3, sample_steps=2, device="cpu", precision="fp32", compile="off")
+TINY |= dict(optimizer="adamw", learning_rate=1e-3, sample_steps=2, device="cpu", precision="fp32", compile="off")
 FLOW = dict(process="flow_matching", sampler="euler", sample_steps=2, block="in-context", flip=True, train_steps=10)
 PARTS = dict(learn_sigma=True, accumulation_steps=2, activation_checkpointing=True, block="cross-attention")
 # What is trained on 1, 2 and 4 processes; one process is told nothing of shards.
 CASES = {
     "plain": {},
     "plain shards": dict(shard=True),
+    "muon": dict(optimizer="muon", train_steps=10),
     "float64": {},
     "float64 shards": dict(shard=True),
     "flow": FLOW,
@@ -428,7 +429,7 @@ def test_the_parts_of_a_batch_are_the_batch(latents, process):
 
 def test_what_cannot_be_is_refused(monkeypatch):
     with pytest.raises(UserError, match="--shard is for several processes: torchrun --nproc-per-node N train.py"):
-        distributed.own_part(preset("digits", shard=True))
+        distributed.own_part(preset("digits", shard=True, optimizer="adamw"))
     with pytest.raises(UserError, match="shard does not go with optimizer muon"):
         preset("digits", shard=True, optimizer="muon")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -450,7 +451,7 @@ def test_what_cannot_be_is_refused(monkeypatch):
 def test_several_processes_need_less_memory_each(monkeypatch):
     needed = []
     monkeypatch.setattr(checkpoint, "check_memory", lambda size, *_: needed.append(size))
-    config = preset("digits", batch_size=64, image_size=28)
+    config = preset("digits", batch_size=64, image_size=28, optimizer="adamw")
     for count, shard in ((1, False), (4, False), (4, True)):
         monkeypatch.setattr(checkpoint, "processes", lambda count=count: count)
         checkpoint.check_size(config.replace(shard=shard), torch.device("cpu"))

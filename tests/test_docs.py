@@ -106,6 +106,42 @@ def test_links_lead_somewhere(page):
             assert heading in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], link
 
 
+TABLE = ROOT / "docs" / "paper_to_code.md"
+
+
+def parts_linked(line: str) -> list[tuple[str, str]]:
+    """The links from a name in code marks to a module of ours: (name, the module's path)."""
+    return re.findall(r"\[`([^`]+)`\]\(([^)]+\.py)\)", line)
+
+
+def is_part(name: str, path: str) -> bool:
+    """Whether `name` stands in the module at `path`, seen from docs/: not merely imported there, nor inherited."""
+    module = ".".join((TABLE.parent / path).resolve().relative_to(ROOT).with_suffix("").parts)
+    thing = importlib.import_module(module)
+    for part in name.split("."):
+        thing = getattr(thing, part, None)
+    return thing is not None and getattr(thing, "__module__", module) == module
+
+
+def test_the_papers_equations_are_the_functions_that_the_table_names():
+    rows = [line for line in TABLE.read_text().splitlines() if line.startswith("| ") and "| here |" not in line]
+    links = [parts_linked(row.rsplit(" | ", 1)[1]) for row in rows]
+    assert len(rows) > 40 and all(links)
+    assert not [link for row in links for link in row if not is_part(*link)]
+    files = {path.removeprefix("../") for row in links for _, path in row}
+    variants = {f"variants/{path.stem}.py" for path in (ROOT / "variants").glob("[!_]*.py")}
+    assert files >= variants | {"diffusion.py", "dit.py", "dit_block.py", "time_emb.py"}
+
+
+def test_a_wrong_name_in_the_table_is_seen():
+    assert parts_linked("see [`Diffusion.loss`](../diffusion.py), eq. 14") == [("Diffusion.loss", "../diffusion.py")]
+    assert is_part("Diffusion.loss", "../diffusion.py") and is_part("plan", "paper.py")
+    assert not is_part("Diffusion.no_such_step", "../diffusion.py")  # does not exist
+    assert not is_part("attend", "../dit.py")  # exists elsewhere
+    assert not is_part("DiTBlock", "../dit.py")  # is imported there
+    assert not is_part("LearnedVariance.sample", "../variants/learned_variance.py")  # is inherited
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_exist(page):
     text = re.sub(r"(?<![\w-])(pip|ruff|time|tests?/\S+|nbconvert)[^`\n]*", "", prose_of(page))  # other programs' flags

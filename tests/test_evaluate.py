@@ -35,6 +35,7 @@ from support.metrics import (
     nearest_distance,
     share_within,
 )
+from support.sampling import network_evaluations
 
 
 class Features(torch.nn.Module):
@@ -760,6 +761,40 @@ def test_the_measured_curves_are_of_every_sampler_and_setting():
         for row, setting in zip(measured, expected):
             assert all(row[name] == str(value) for name, value in setting.items())
             assert 0 < float(row["accuracy"]) <= 1 and float(row["FD_ratio"]) > 0
+
+
+def test_one_guided_curve_costs_what_a_consistency_model_costs():
+    usual = [s for s in quality.settings("diffusion") if s["cfg_scale"] == Config().cfg_scale]
+    costs = {network_evaluations(Config(**setting)) for setting in usual}
+    assert set(quality.EVALUATIONS["consistency"]) <= costs
+
+
+def test_a_file_measured_alone_leaves_the_rows_of_the_others(tmp_path, monkeypatch):
+    sizes = dict(image_size=8, patch_size=4, hidden_size=32, depth=1, num_heads=2, num_classes=3)
+    for process, samplers in SAMPLERS.items():
+        config = Config(**sizes, process=process, sampler=samplers[0], cfg_scale=1.0, dataset="small")
+        content = {"model": random_dit(**sizes).state_dict(), "config": model_config(config)}
+        save_file(content, tmp_path / f"{process}.pth")
+    score, path = [0.5, 2.0], tmp_path / "quality.csv"
+    monkeypatch.setattr(quality, "scorer", lambda dataset, num_samples: lambda model, config: score)
+    monkeypatch.setattr(quality, "CSV", path)
+
+    def rows_after(*names):
+        monkeypatch.setattr(sys, "argv", ["quality", *(str(tmp_path / f"{name}.pth") for name in names)])
+        quality.main()
+        return path.read_text().splitlines()
+
+    before = rows_after("diffusion", "consistency", "flow_matching")
+    expected = [process for process in SAMPLERS for _ in quality.settings(process)]
+    assert [row.split(",")[0] for row in before[1:]] == expected
+    assert path.with_suffix(".png").stat().st_size > 1000
+    score[:] = 0.75, 3.0
+    after = rows_after("consistency")
+    assert [row for row in after if "consistency" not in row] == [row for row in before if "consistency" not in row]
+    assert all(row.endswith("0.75,3.0") == ("consistency" in row) for row in after)
+    with pytest.raises(UserError, match="nothing.pth"):
+        rows_after("nothing")
+    assert path.read_text().splitlines() == after
 
 
 class NearestCrop:

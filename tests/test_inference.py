@@ -249,17 +249,17 @@ def test_the_command_line_fails_in_one_line(model_file, tmp_path):
 def test_the_shipped_weights_draw_the_strip(tmp_path):
     result = run("inference.py", "--output", tmp_path / "strip.png")
     assert result.returncode == 0, result.stderr
-    assert "10 images by dpm++, 12 steps, guidance 1.7 at noise 0.45 to 0.9: 17 network evaluations" in result.stdout
+    assert "10 images by dpm++, 8 steps, guidance 2.1 at noise 0.6 to 0.85: 10 network evaluations" in result.stdout
     assert "Traceback" not in result.stderr
     assert Image.open(tmp_path / "strip.png").size[0] > 500
 
 
 def test_the_strip_and_the_animation_share_one_way_through_the_network(tmp_path, monkeypatch):
-    """What makes the strip a matter of seconds: 17 evaluations an image, no more for a second picture of the same."""
+    """What makes the strip a matter of seconds: 10 evaluations an image, no more for a second picture of the same."""
     calls, forward = [], DiT.forward
     monkeypatch.setattr(DiT, "forward", lambda self, x, t, y: calls.append(len(x)) or forward(self, x, t, y))
     infer(ROOT / "model.pth", "--output", tmp_path / "strip.png", "--gif", tmp_path / "a.gif")
-    assert len(calls) == 12 and sum(calls) == 17 * 10
+    assert len(calls) == 8 and sum(calls) == 10 * 10
 
 
 def share_read_as_asked(read_digits, count, **changes) -> float:

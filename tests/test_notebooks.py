@@ -26,16 +26,17 @@ SMALL = {
     "train": dict(DATASET="glyphs", TRAIN_STEPS=6, NOISE_STEPS=3, KEEP_EVERY=3, NUM_IMAGES=4, NUM_TIMESTEPS=3)
     | dict(CHANGES=dict(hidden_size=16, depth=1, batch_size=8, sample_steps=2), NUM_ROWS=1),
     "inference": dict(SAMPLE_STEPS=2, STEP_COUNTS=[1, 2], CFG_SCALES=[0, 1, 2], ETAS=[0.0, 1.0])
-    | dict(SIDE_BY_SIDE=[1, 2], NUM_NOISES=2, NUM_IMAGES=4, COLUMNS=3),
+    | dict(SIDE_BY_SIDE=[1, 2], NUM_NOISES=2, NUM_IMAGES=4, COLUMNS=3, PATH_STEPS=4, EVALUATIONS=[1, 2]),
     "your_images": dict(NUM_SYMBOLS=5, IMAGE_SIZE=16, TRAIN_STEPS=6, SAMPLE_EVERY=2, LOG_EVERY=2, BATCH_SIZE=8)
     | dict(HIDDEN_SIZE=16, DEPTH=1, COLUMNS=6),
     "paper": dict(SIZES_SHOWN=["DiT-S/8"]),
     "words": dict(DATASET="glyphs", NUM_DIGITS=200, NUM_CAPTIONS=4, NUM_GUIDED=4, NUM_WATCHED=3, COLUMNS=2)
     | dict(CFG_SCALES=[0, 1, 2], SHARES=[0, 1], SLIDER_STEPS=3),
+    "targets": dict(DIMENSIONS=[2, 4], WIDTH=8, TRAIN_STEPS=3, BATCH_SIZE=8, NUM_SAMPLES=20, NUM_POINTS=10)
+    | dict(NUM_PATHS=3, STEP_COUNTS=[1, 2]),
 }
-# A last cell: that train.ipynb's loop is train.py's to the last bit; what a reader does to a notebook that has run.
-AFTERWARDS = {
-    "train": """
+# Last cells: train.ipynb's loop is train.py's to the last bit; what a reader does to sliders.
+AS_TRAIN_PY = """
 import tempfile
 from support.files import load_file
 from train import train
@@ -45,13 +46,13 @@ with tempfile.TemporaryDirectory() as folder:
     state = load_file(Path(folder) / "checkpoint.pth")
 for network, weights in zip(kept[TRAIN_STEPS], (state["model"], state["ema"])):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
-""",
-    "words": """
-for slider in sliders.children[:2]:
+"""
+TURN_EACH_SLIDER = """
+for slider in sliders.children[:-1]:
     before, slider.value = sliders.result, slider.max
     assert sliders.result.shape == before.shape and not torch.equal(sliders.result, before)
-""",
-}
+"""
+AFTERWARDS = {"train": AS_TRAIN_PY, "inference": TURN_EACH_SLIDER, "words": TURN_EACH_SLIDER}
 
 
 # Said now and then, or only where the data are not those of the checkpoint.

@@ -20,7 +20,7 @@ def test_the_table_of_scale_md_is_what_the_formula_says():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone counts the bytes")
-@pytest.mark.parametrize("flags", [[], ["--shard"]], ids=["plain", "sharded"])
+@pytest.mark.parametrize("flags", [[], ["--shard", "--optimizer", "adamw"]], ids=["plain", "sharded"])
 def test_two_processes_send_what_the_formula_says(flags, glyphs_dir, tmp_path):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "docs.scale"]
     command += [*TINY.split(), "--data-dir", str(glyphs_dir), "--out-dir", str(tmp_path / "run"), *flags]

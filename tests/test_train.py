@@ -122,7 +122,7 @@ def test_the_average_in_one_call_is_that_of_a_call_for_each_parameter_to_the_las
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     model = DiT(8, 4, hidden_size=32, depth=2, num_heads=2)
-    (adamw,) = build_optimizers(model, Config())
+    (adamw,) = build_optimizers(model, Config(optimizer="adamw"))
     assert len(adamw.param_groups[0]["params"]) == sum(p.requires_grad for p in model.parameters())
     adamw, muon = build_optimizers(model, Config(optimizer="muon"))
     names = {p: name for name, p in model.named_parameters()}

@@ -90,7 +90,7 @@ def test_tensorboard_is_shown_what_loss_csv_says_and_the_samples(fit, monkeypatc
     assert all(scalar.value > 0 for scalar in shown.Scalars("gradient norm"))
     share = [scalar.value for scalar in shown.Scalars("share of matmul peak")]
     speeds = [scalar.value for scalar in shown.Scalars("images per second")]
-    model = train.build_model(train.Config(image_size=28, hidden_size=32, depth=1, num_heads=2))
+    model = train.build_model(train.Config(image_size=28, patch_size=14, hidden_size=32, depth=1, num_heads=2))
     assert share == pytest.approx([6e9 * speed.count_gflops(model) * rate / 1e9 for rate in speeds])
     assert [image.step for image in shown.Images("samples")] == [4, 8, 10]
 
