@@ -16,15 +16,17 @@ import pytest
 from conftest import ROOT
 from nbconvert.preprocessors import ExecutePreprocessor
 
-from config import preset
+from config import Config, preset
 from docs import paper
 from docs.notebooks import NAMES, fingerprint
+from support import run_log
+from train import learning_rate_at
 
 SMALL = {
     "diffusion": dict(DATASET="glyphs", LEVELS=[0, 500, 999], NUM_CHAINS=2, NUM_IMAGES=4, NUM_TIMESTEPS=3),
     "dit_in_100_lines": dict(DOWNLOAD=False, TRAIN_STEPS=20, NUM_READ=20),
-    "train": dict(DATASET="glyphs", TRAIN_STEPS=6, SAMPLE_EVERY=3, LOG_EVERY=2, BATCH_SIZE=8, SAMPLE_STEPS=2)
-    | dict(HIDDEN_SIZE=16, DEPTH=1, NUM_IMAGES=4, NUM_TIMESTEPS=3, NUM_ROWS=1),
+    "train": dict(DATASET="glyphs", TRAIN_STEPS=6, NOISE_STEPS=3, KEEP_EVERY=3, NUM_IMAGES=4, NUM_TIMESTEPS=3)
+    | dict(CHANGES=dict(hidden_size=16, depth=1, batch_size=8, sample_steps=2), NUM_ROWS=1),
     "inference": dict(SAMPLE_STEPS=2, STEP_COUNTS=[1, 2], CFG_SCALES=[0, 1, 2], ETAS=[0.0, 1.0])
     | dict(SIDE_BY_SIDE=[1, 2], NUM_NOISES=2, NUM_IMAGES=4, COLUMNS=3, PATH_STEPS=4, EVALUATIONS=[1, 2]),
     "network": dict(DATASET="glyphs", LEVELS=[0, 500, 999], LEVELS_SHOWN=[0, 500], NUM_DIGITS=40, NUM_DRAWN=10)
@@ -51,6 +53,17 @@ assert (drawn - expected).abs().max() < 0.03
 fresh, pos_embed = DiT(), dit.sincos_pos_embed(192, 2)
 assert not fresh(noisy, t, y).any() and (fresh.pos_embed - pos_embed).abs().max() < 1e-6
 """
+AS_TRAIN_PY = """
+import tempfile
+from support.files import load_file
+from train import train
+
+with tempfile.TemporaryDirectory() as folder:
+    train(config.replace(out_dir=folder, device="cpu", precision="fp32", compile="off"))
+    state = load_file(Path(folder) / "checkpoint.pth")
+for network, weights in zip(kept[TRAIN_STEPS], (state["model"], state["ema"])):
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
+"""
 TURN_EACH_SLIDER = """
 for slider in sliders.children[:-1]:
     before, slider.value = sliders.result, slider.max
@@ -64,6 +77,7 @@ for slider in sliders.children[:-1]:  # a head changes where patches look in a b
 """
 AFTERWARDS = {
     "dit_in_100_lines": IN_100_LINES,
+    "train": AS_TRAIN_PY,
     "inference": TURN_EACH_SLIDER,
     "words": TURN_EACH_SLIDER,
     "network": LOOK_INSIDE,
@@ -127,6 +141,17 @@ def test_a_hundred_lines_are_enough_and_import_nothing_of_ours():
     assert sum(line.strip()[:1] not in ("", "#") for line in own.splitlines()) <= 110
     imported = set(re.findall(r"^\s*(?:import|from) (\w+)", own, re.MULTILINE))
     assert {"torch", "torchvision"} <= imported <= {"torch", "torchvision", *sys.stdlib_module_names}
+
+
+def test_the_run_beside_that_of_the_train_notebook_had_the_defaults_of_now():
+    config = Config()
+    with open(ROOT / "docs" / "defaults.csv") as file:
+        columns, *rows = csv.reader(file)
+    assert ",".join(columns) == run_log.COLUMNS
+    steps = range(config.log_every, config.train_steps + 1, config.log_every)
+    rates = [f"{learning_rate_at(step - 1, config):.6g}" for step in steps]
+    assert [(row[0], row[2]) for row in rows] == [(str(step), rate) for step, rate in zip(steps, rates)]
+    assert float(rows[0][1]) > float(rows[-1][1]) > 0
 
 
 @pytest.mark.parametrize("name", SMALL)
