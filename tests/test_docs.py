@@ -11,8 +11,11 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from config import PRESETS, Config
 
-SOURCES = [path for room in (".", "support", "loaders", "variants", "docs") for path in (ROOT / room).glob("*.py")]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
+ROOMS = [ROOT / room for room in (".", "support", "loaders", "variants", "docs", "notebooks")]
+SOURCES = [path for room in ROOMS for path in room.glob("*.py")]
+COURSE = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *COURSE, *SOLUTIONS]
 NOT_OURS = "diffusers torchmetrics kill config.json .bin .safetensors sd-vae-ft-ema itertools.islice data/".split()
 
 
@@ -25,11 +28,12 @@ def prose_of(page) -> str:
 
 
 def code_of(page) -> str:
-    """A notebook's code."""
+    """A notebook's code; a solution's with that of its notebook, some cells of which it runs."""
     if page.suffix == ".md":
         return ""
     cells = json.loads(page.read_text())["cells"]
-    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    return code + code_of(page.parent.parent / page.name) if page in SOLUTIONS else code
 
 
 def words_of_the_code() -> set[str]:
@@ -79,7 +83,7 @@ def has(thing, parts: list[str]) -> bool:
     return thing is not None
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_is_named_exists(page):
     code = code_of(page)
     missing = sorted(name for name in names_in(prose_of(page)) if not exists(name, code))
@@ -92,7 +96,7 @@ def test_a_name_that_is_gone_is_seen():
         assert not exists(name, ""), name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     text = prose_of(page)
     for link in re.findall(r"\]\(([^)]+)\)", text):
@@ -142,7 +146,7 @@ def test_a_wrong_name_in_the_table_is_seen():
     assert not is_part("LearnedVariance.sample", "../variants/learned_variance.py")  # is inherited
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_flags_exist(page):
     text = re.sub(r"(?<![\w-])(pip|ruff|time|tests?/\S+|nbconvert)[^`\n]*", "", prose_of(page))  # other programs' flags
     missing = sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - FLAGS)

@@ -1,10 +1,12 @@
 """Every notebook runs from top to bottom with its "parameters" cell made small, and is committed as it ran in full.
 
-Outputs grow stale in two ways. When a notebook is edited, or a file that it reads changes, its fingerprint no longer
-fits (docs/notebooks.py). When the modules behind it change, so may what they print and draw: here each cell's small run
-is compared with what is committed, which must have the same words, whatever the numbers, and as many pictures.
-`make notebooks` renews the outputs. A change of the modules that moves numbers alone goes unseen: only running
-everything again could tell.
+Outputs grow stale in three ways, and docs/notebooks.py keeps what tells. When a notebook is edited, or a file that it
+reads changes, its fingerprint no longer fits: `make notebooks` renews the outputs. When a module behind it changes, its
+hash no longer fits: `python -m docs.notebooks --compare` says whether the figures are still the same. And what it says
+may have come to differ: each cell's small run is compared with what is committed, which must have the same words,
+whatever the numbers, and as many pictures.
+
+An exercise is a blank and a check that fails on it; the solutions have the same checks, which pass.
 """
 
 import csv
@@ -18,7 +20,7 @@ from nbconvert.preprocessors import ExecutePreprocessor
 
 from config import Config, preset
 from docs import paper
-from docs.notebooks import NAMES, fingerprint
+from docs.notebooks import COURSE, NAMES, agree, differences, figures, fingerprint, main, module_hash, tagged
 from support import run_log
 from train import learning_rate_at
 
@@ -95,27 +97,130 @@ def shown_by(cell) -> tuple[set[str], int]:
     return set(re.findall(r"[^\W\d_]{3,}", text)), sum("image/png" in o.get("data", {}) for o in cell.outputs)
 
 
-@pytest.mark.parametrize("name", SMALL)
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+def code_cells(notebook: nbformat.NotebookNode, tag: str | None = None) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and (tag is None or tagged(cell, tag))]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_runs_with_few_steps_and_shows_what_is_committed(name, glyphs_dir, monkeypatch):
     monkeypatch.setenv("DATA_DIR", str(glyphs_dir))
-    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    committed = [shown_by(cell) for cell in notebook.cells if cell.cell_type == "code"]
-    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    notebook = read(name)
+    committed = [shown_by(cell) for cell in code_cells(notebook) if not tagged(cell, "check")]
+    (parameters,) = code_cells(notebook, "parameters")
     for key, value in SMALL[name].items():
         assert f"{key} = " in parameters.source
         parameters.source += f"\n{key} = {value!r}"
     if name in AFTERWARDS:
         notebook.cells.append(nbformat.v4.new_code_cell(AFTERWARDS[name]))
-    ExecutePreprocessor(timeout=600).preprocess(notebook, {"metadata": {"path": ROOT / "notebooks"}})
-    shown = [shown_by(cell) for cell in notebook.cells if cell.cell_type == "code"]
+    path = (ROOT / "notebooks" / name).parent
+    ExecutePreprocessor(timeout=600).preprocess(notebook, {"metadata": {"path": path}})
+    shown = [shown_by(cell) for cell in code_cells(notebook) if not tagged(cell, "check")]
     assert shown[: len(committed)] == committed, "the outputs are older than the code; renew them with: make notebooks"
+    for check in code_cells(notebook, "check"):
+        errors = [output.ename for output in check.outputs if output.output_type == "error"]
+        assert errors == (["AssertionError"] if name in COURSE else []), check.source
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_has_run_since_it_was_changed(name):
-    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+def test_has_run_since_it_or_the_code_behind_it_was_changed(name):
+    notebook = read(name)
     message = f"notebooks/{name}.ipynb, or a file that it reads, has changed since it ran: make notebooks"
     assert notebook.metadata.get("fingerprint") == fingerprint(notebook), message
+    changed = [module for module, known in notebook.metadata["modules"].items() if module_hash(module) != known]
+    message = (
+        f"{', '.join(changed)} changed since notebooks/{name}.ipynb ran: python -m docs.notebooks --compare {name}"
+    )
+    assert not changed, message
+
+
+@pytest.mark.parametrize("name", COURSE)
+def test_its_exercises_are_blanks_with_checks_and_the_solutions_have_the_same(name):
+    notebook, solutions = read(name), read(f"solutions/{name}")
+    blanks, checks = code_cells(notebook, "exercise"), code_cells(notebook, "check")
+    assert len(blanks) == len(checks) >= 4
+    assert all("# your code here" in blank.source for blank in blanks)
+    assert not any("# your code here" in cell.source for cell in solutions.cells)
+    assert [cell.source for cell in code_cells(solutions, "check")] == [cell.source for cell in checks]
+    assert all(tagged(check, "raises-exception") for check in checks)
+    assert not any(tagged(cell, "raises-exception") for cell in solutions.cells)
+    hints = sum("<details><summary>Hint</summary>" in cell.source for cell in notebook.cells)
+    assert hints == len(blanks)
+    assert f"(solutions/{name}.ipynb)" in "".join(cell.source for cell in notebook.cells)
+
+
+def of_printed(*texts: str) -> nbformat.NotebookNode:
+    """A notebook whose cells have printed these texts."""
+    outputs = [[nbformat.v4.new_output("stream", text=text)] for text in texts]
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=output) for output in outputs])
+
+
+def test_figures_are_compared_but_not_durations():
+    (cell,) = of_printed("step 1,200: loss 0.114 after 345 seconds\nt = 0: difference 3e-07, 2.5 steps/s\n").cells
+    assert figures(cell) == ["1,200", "0.114", "0", "3e-07"]
+    assert agree("1,200", "1,259", 0.05) and not agree("1,200", "1,261", 0.05)
+    assert agree("3e-07", "4e-07", 0.05) and not agree("3e-07", "5e-07", 0.05)  # one in the last digit printed
+    assert agree("0.02", "0.03", 0) and not agree("0.020", "0.022", 0)
+    before = of_printed("99.3% of 150", "0.50")
+    assert differences(before, of_printed("99.5% of 150", "0.50 or so"), 0.05) == []
+    assert differences(before, of_printed("80.1% of 150", "0.50, 0.25"), 0.05) == [
+        "cell 0: 99.3, now 80.1",
+        "cell 1: 1 figures, now 2",
+    ]
+
+
+def test_a_module_has_changed_when_its_code_has(tmp_path, monkeypatch):
+    monkeypatch.setattr("docs.notebooks.ROOT", tmp_path)
+    hashes = []
+    for source in (
+        '"""One."""\n\n\ndef f(x):\n    """Two\n    lines."""\n    return x + 1\n',
+        '"""Another."""\n\n\ndef f(x):\n    """Three."""\n    # why\n    return x + 1\n',
+        '"""One."""\n\n\ndef f(x):\n    """Two\n    lines."""\n    return x + 2\n',
+    ):
+        (tmp_path / "module.py").write_text(source)
+        hashes.append(module_hash("module.py"))
+    assert hashes[0] == hashes[1] != hashes[2] and module_hash("gone.py") == ""
+
+
+def test_running_and_comparing(tmp_path, monkeypatch, capsys):
+    """Run, a notebook keeps what it imported; compared, it keeps its outputs, and renews the hashes if they agree."""
+    path = tmp_path / "diffusion.ipynb"
+    monkeypatch.setattr("docs.notebooks.FOLDER", tmp_path)
+    monkeypatch.chdir(ROOT)
+    cells = [
+        f"import os, sys\nos.chdir({str(ROOT)!r})\nsys.path.insert(0, os.getcwd())",
+        "FILE = 2",
+        "import dit; print(3)",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    notebook.cells[1].metadata["tags"] = ["parameters"]
+    notebook.cells.append(nbformat.v4.new_code_cell("assert 0", metadata=dict(tags=["check", "raises-exception"])))
+    nbformat.write(notebook, path)
+    assert main(["diffusion"]) == 0
+    ran = nbformat.read(path, as_version=4)
+    assert figures(ran.cells[2]) == ["3"] and ran.cells[3].outputs == []
+    assert ran.metadata["fingerprint"] == fingerprint(ran)
+    modules = {name: module_hash(name) for name in ("dit.py", "dit_block.py", "support/errors.py", "time_emb.py")}
+    assert ran.metadata["modules"] == modules
+
+    ran.metadata["modules"] = {"dit.py": "older"}
+    nbformat.write(ran, path)
+    assert main(["--compare", "diffusion"]) == 0
+    assert nbformat.read(path, as_version=4).metadata["modules"] == modules
+    ran.cells[2].outputs[0].text = "4\n"
+    nbformat.write(ran, path)
+    assert main(["--compare", "--tolerance", "0", "diffusion"]) == 0  # one in the last digit
+    ran.cells[2].outputs[0].text = "5\n"
+    nbformat.write(ran, path)
+    assert main(["--compare", "diffusion"]) == 1
+    assert "cell 2: 5, now 3" in capsys.readouterr().out
+    assert nbformat.read(path, as_version=4) == ran, "a notebook that differs is left as it is"
+    with pytest.raises(SystemExit):
+        main(["difusion"])
+    assert "there is no notebook difusion: choose from" in capsys.readouterr().err
 
 
 def test_every_figure_of_the_paper_in_miniature_was_measured():
@@ -154,15 +259,14 @@ def test_the_run_beside_that_of_the_train_notebook_had_the_defaults_of_now():
     assert float(rows[0][1]) > float(rows[-1][1]) > 0
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", NAMES)
 def test_is_committed_as_it_ran(name):
-    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    notebook = read(name)
+    cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
     assert not any(output.output_type == "error" for output in outputs)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= (3 if name in COURSE else 1)
     text = "".join(output.get("text", "") for output in outputs)
     assert not re.search(r"(?<!\S)(/|~|[A-Z]:\\)\w", text), "an output shows a path of the machine that it ran on"
-    assert "xercises" in notebook.cells[-1].source
     assert not any("ANSWER_" in cell.source for cell in notebook.cells)
