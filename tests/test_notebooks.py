@@ -40,6 +40,9 @@ SMALL = {
     | dict(CFG_SCALES=[0, 1, 2], SHARES=[0, 1], SLIDER_STEPS=3),
     "targets": dict(DIMENSIONS=[2, 4], WIDTH=8, TRAIN_STEPS=3, BATCH_SIZE=8, NUM_SAMPLES=20, NUM_POINTS=10)
     | dict(NUM_PATHS=3, STEP_COUNTS=[1, 2]),
+    "solutions/dit_in_100_lines": dict(DOWNLOAD=False, TRAIN_STEPS=20, NUM_READ=20),
+    "solutions/network": dict(DATASET="glyphs", LEVELS=[0, 500, 999], LEVELS_SHOWN=[0, 500], NUM_DIGITS=40)
+    | dict(NUM_DRAWN=10),
 }
 # Last cells: what a reader does to a notebook that has run, or a comparison with the modules.
 IN_100_LINES = """
@@ -234,9 +237,12 @@ def test_every_figure_of_the_paper_in_miniature_was_measured():
 
 
 def test_a_hundred_lines_are_enough_and_import_nothing_of_ours():
-    """dit_in_100_lines, without the cells that say "ours": the stand-in for MNIST, and the checks at the end."""
+    """dit_in_100_lines, without the cells that say "ours" (the stand-in for MNIST, the checks) and the exercises after."""
     notebook = nbformat.read(ROOT / "notebooks" / "dit_in_100_lines.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    exercises = [cell for cell in cells if tagged(cell, "exercise") or tagged(cell, "check")]
+    assert exercises == cells[-len(exercises) :], "a cell of the lesson stands among the exercises"
+    cells = cells[: -len(exercises)]
     stand_in, *checks = [cell for cell in cells if "ours" in cell.metadata.get("tags", [])]
     assert stand_in.source.startswith("if mnist is None:") and checks == cells[-len(checks) :]
     own = "\n".join(cell.source for cell in cells[: -len(checks)] if cell is not stand_in)
