@@ -42,7 +42,7 @@ SMALL = {
     | dict(NUM_PATHS=3, STEP_COUNTS=[1, 2]),
     "solutions/dit_in_100_lines": dict(DOWNLOAD=False, TRAIN_STEPS=20, NUM_READ=20),
     "solutions/network": dict(DATASET="glyphs", LEVELS=[0, 500, 999], LEVELS_SHOWN=[0, 500], NUM_DIGITS=40)
-    | dict(NUM_DRAWN=10),
+    | dict(NUM_DRAWN=4),
 }
 # Last cells: what a reader does to a notebook that has run, or a comparison with the modules.
 IN_100_LINES = """
