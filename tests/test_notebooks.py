@@ -237,7 +237,7 @@ def test_every_figure_of_the_paper_in_miniature_was_measured():
 
 
 def test_a_hundred_lines_are_enough_and_import_nothing_of_ours():
-    """dit_in_100_lines, without the cells that say "ours" (the stand-in for MNIST, the checks) and the exercises after."""
+    """dit_in_100_lines, without the cells that say "ours" (stand-in for MNIST, checks) and the exercises after."""
     notebook = nbformat.read(ROOT / "notebooks" / "dit_in_100_lines.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     exercises = [cell for cell in cells if tagged(cell, "exercise") or tagged(cell, "check")]
