@@ -38,6 +38,8 @@ SMALL = {
     "paper": dict(SIZES_SHOWN=["DiT-S/8"]),
     "words": dict(DATASET="glyphs", NUM_DIGITS=200, NUM_CAPTIONS=4, NUM_GUIDED=4, NUM_WATCHED=3, COLUMNS=2)
     | dict(CFG_SCALES=[0, 1, 2], SHARES=[0, 1], SLIDER_STEPS=3),
+    "solutions/inference": dict(NUM_IMAGES=10, COLUMNS=3, SWITCHES=[750], INTERVALS=[(0.0, 1.0)], SECOND_LOOKS=[500])
+    | dict(BUDGETS=[1, 10]),
     "targets": dict(DIMENSIONS=[2, 4], WIDTH=8, TRAIN_STEPS=3, BATCH_SIZE=8, NUM_SAMPLES=20, NUM_POINTS=10)
     | dict(NUM_PATHS=3, STEP_COUNTS=[1, 2]),
 }
