@@ -36,6 +36,7 @@ SMALL = {
     "your_images": dict(NUM_SYMBOLS=5, IMAGE_SIZE=16, TRAIN_STEPS=6, SAMPLE_EVERY=2, LOG_EVERY=2, BATCH_SIZE=8)
     | dict(HIDDEN_SIZE=16, DEPTH=1, COLUMNS=6),
     "paper": dict(SIZES_SHOWN=["DiT-S/8"]),
+    "solutions/paper": dict(SIDES=[128, 256], STEPS_SHOWN=[4000]),
     "words": dict(DATASET="glyphs", NUM_DIGITS=200, NUM_CAPTIONS=4, NUM_GUIDED=4, NUM_WATCHED=3, COLUMNS=2)
     | dict(CFG_SCALES=[0, 1, 2], SHARES=[0, 1], SLIDER_STEPS=3),
     "solutions/inference": dict(NUM_IMAGES=10, COLUMNS=3, SWITCHES=[750], INTERVALS=[(0.0, 1.0)], SECOND_LOOKS=[500])
