@@ -43,6 +43,8 @@ SMALL = {
     | dict(BUDGETS=[1, 10]),
     "targets": dict(DIMENSIONS=[2, 4], WIDTH=8, TRAIN_STEPS=3, BATCH_SIZE=8, NUM_SAMPLES=20, NUM_POINTS=10)
     | dict(NUM_PATHS=3, STEP_COUNTS=[1, 2]),
+    "solutions/words": dict(DATASET="glyphs", NUM_DIGITS=200, NUM_CAPTIONS=4, NUM_DRAWN=4, NUM_WATCHED=3, NUM_TOLD=1)
+    | dict(COLUMNS=2, SHARES=[0, 1], BETWEEN=[0, 1], SWITCHES=[-1, 416]),
 }
 # Last cells: what a reader does to a notebook that has run, or a comparison with the modules.
 IN_100_LINES = """
