@@ -45,7 +45,7 @@ SMALL = {
     | dict(NUM_PATHS=3, STEP_COUNTS=[1, 2]),
     "solutions/words": dict(DATASET="glyphs", NUM_DIGITS=200, NUM_CAPTIONS=4, NUM_DRAWN=4, NUM_WATCHED=3, NUM_TOLD=1)
     | dict(COLUMNS=2, SHARES=[0, 1], BETWEEN=[0, 1], SWITCHES=[-1, 416]),
-    "solutions/dit_in_100_lines": dict(DOWNLOAD=False, TRAIN_STEPS=20, NUM_READ=20),
+    "solutions/dit_in_100_lines": dict(DOWNLOAD=False, TRAIN_STEPS=12, NUM_READ=20),
     "solutions/network": dict(DATASET="glyphs", LEVELS=[0, 500, 999], LEVELS_SHOWN=[0, 500], NUM_DIGITS=40)
     | dict(NUM_DRAWN=4),
 }
