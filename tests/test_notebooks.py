@@ -204,16 +204,13 @@ def test_running_and_comparing(tmp_path, monkeypatch, capsys):
     ran = nbformat.read(path, as_version=4)
     assert figures(ran.cells[2]) == ["3"] and ran.cells[3].outputs == []
     assert ran.metadata["fingerprint"] == fingerprint(ran)
-    modules = {name: module_hash(name) for name in ("dit.py", "dit_block.py", "support/errors.py", "time_emb.py")}
+    modules = {name: module_hash(name) for name in ("dit.py", "dit_block.py", "time_emb.py")}
     assert ran.metadata["modules"] == modules
 
     ran.metadata["modules"] = {"dit.py": "older"}
     nbformat.write(ran, path)
     assert main(["--compare", "diffusion"]) == 0
     assert nbformat.read(path, as_version=4).metadata["modules"] == modules
-    ran.cells[2].outputs[0].text = "4\n"
-    nbformat.write(ran, path)
-    assert main(["--compare", "--tolerance", "0", "diffusion"]) == 0  # one in the last digit
     ran.cells[2].outputs[0].text = "5\n"
     nbformat.write(ran, path)
     assert main(["--compare", "diffusion"]) == 1
