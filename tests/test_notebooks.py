@@ -41,6 +41,8 @@ SMALL = {
     "targets": dict(DIMENSIONS=[2, 4], WIDTH=8, TRAIN_STEPS=3, BATCH_SIZE=8, NUM_SAMPLES=20, NUM_POINTS=10)
     | dict(NUM_PATHS=3, STEP_COUNTS=[1, 2]),
     "solutions/diffusion": dict(DATASET="glyphs", LEVELS=[0, 500, 999], NUM_IMAGES=4, NUM_TIMESTEPS=3),
+    "solutions/targets": dict(WIDE=4, WIDTHS=[("x0", 2), ("v", 8)], MANY=4, WIDTH=8, TRAIN_STEPS=3, BATCH_SIZE=8)
+    | dict(NUM_SAMPLES=20, NUM_POINTS=10, STEP_COUNTS=[1, 2]),
 }
 # Last cells: what a reader does to a notebook that has run, or a comparison with the modules.
 IN_100_LINES = """
