@@ -36,13 +36,18 @@ SMALL = {
     "your_images": dict(NUM_SYMBOLS=5, IMAGE_SIZE=16, TRAIN_STEPS=6, SAMPLE_EVERY=2, LOG_EVERY=2, BATCH_SIZE=8)
     | dict(HIDDEN_SIZE=16, DEPTH=1, COLUMNS=6),
     "paper": dict(SIZES_SHOWN=["DiT-S/8"]),
+    "solutions/paper": dict(SIDES=[128, 256], STEPS_SHOWN=[4000]),
     "words": dict(DATASET="glyphs", NUM_DIGITS=200, NUM_CAPTIONS=4, NUM_GUIDED=4, NUM_WATCHED=3, COLUMNS=2)
     | dict(CFG_SCALES=[0, 1, 2], SHARES=[0, 1], SLIDER_STEPS=3),
+    "solutions/inference": dict(NUM_IMAGES=10, COLUMNS=3, SWITCHES=[750], INTERVALS=[(0.0, 1.0)], SECOND_LOOKS=[500])
+    | dict(BUDGETS=[1, 10]),
     "targets": dict(DIMENSIONS=[2, 4], WIDTH=8, TRAIN_STEPS=3, BATCH_SIZE=8, NUM_SAMPLES=20, NUM_POINTS=10)
     | dict(NUM_PATHS=3, STEP_COUNTS=[1, 2]),
     "solutions/diffusion": dict(DATASET="glyphs", LEVELS=[0, 500, 999], NUM_IMAGES=4, NUM_TIMESTEPS=3),
     "solutions/targets": dict(WIDE=4, WIDTHS=[("x0", 2), ("v", 8)], MANY=4, WIDTH=8, TRAIN_STEPS=3, BATCH_SIZE=8)
     | dict(NUM_SAMPLES=20, NUM_POINTS=10, STEP_COUNTS=[1, 2]),
+    "solutions/words": dict(DATASET="glyphs", NUM_DIGITS=200, NUM_CAPTIONS=4, NUM_DRAWN=4, NUM_WATCHED=3, NUM_TOLD=1)
+    | dict(COLUMNS=2, SHARES=[0, 1], BETWEEN=[0, 1], SWITCHES=[-1, 416]),
 }
 # Last cells: what a reader does to a notebook that has run, or a comparison with the modules.
 IN_100_LINES = """
