@@ -40,6 +40,8 @@ SMALL = {
     | dict(CFG_SCALES=[0, 1, 2], SHARES=[0, 1], SLIDER_STEPS=3),
     "targets": dict(DIMENSIONS=[2, 4], WIDTH=8, TRAIN_STEPS=3, BATCH_SIZE=8, NUM_SAMPLES=20, NUM_POINTS=10)
     | dict(NUM_PATHS=3, STEP_COUNTS=[1, 2]),
+    "solutions/train": dict(DATASET="glyphs", TRAIN_STEPS=4, KEEP_EVERY=2, NUM_IMAGES=4, NUM_TIMESTEPS=3)
+    | dict(CHANGES=dict(patch_size=14, hidden_size=16, depth=1, batch_size=8, sample_steps=2), CHANCE_STEPS=2),
 }
 # Last cells: what a reader does to a notebook that has run, or a comparison with the modules.
 IN_100_LINES = """
