@@ -42,6 +42,8 @@ SMALL = {
     | dict(NUM_PATHS=3, STEP_COUNTS=[1, 2]),
     "solutions/train": dict(DATASET="glyphs", TRAIN_STEPS=4, KEEP_EVERY=2, NUM_IMAGES=4, NUM_TIMESTEPS=3)
     | dict(CHANGES=dict(patch_size=14, hidden_size=16, depth=1, batch_size=8, sample_steps=2), CHANCE_STEPS=2),
+    "solutions/your_images": dict(NUM_SYMBOLS=30, IMAGE_SIZE=16, TRAIN_STEPS=4, TUNE_STEPS=2, LOG_EVERY=2, BATCH_SIZE=8)
+    | dict(HIDDEN_SIZE=16, DEPTH=1, FEW_SYMBOLS=5, NUM_EACH=2),
 }
 # Last cells: what a reader does to a notebook that has run, or a comparison with the modules.
 IN_100_LINES = """
