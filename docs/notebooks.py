@@ -12,6 +12,7 @@ import hashlib
 import re
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 from nbconvert.preprocessors import ExecutePreprocessor
@@ -65,7 +66,7 @@ def module_hash(name: str) -> str:
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
-def run(path) -> nbformat.NotebookNode:
+def run(path: Path) -> nbformat.NotebookNode:
     """A notebook, run from top to bottom: with its outputs, fingerprint and hashes, without times of day.
 
     Checks of exercises, which fail until a reader has written something, and widgets, which live only as long as the
@@ -83,7 +84,7 @@ def run(path) -> nbformat.NotebookNode:
             for output in cell.outputs:
                 output.get("data", {}).pop("image/jpeg", None)  # of a picture that is there as PNG, too
     notebook.metadata["fingerprint"] = fingerprint(notebook)
-    ours = sorted(str((ROOT / file).relative_to(ROOT)) for file in imported if (ROOT / file).parent in ROOMS)
+    ours = sorted(Path(file).relative_to(ROOT).as_posix() for file in imported if Path(file).parent in ROOMS)
     notebook.metadata["modules"] = {name: module_hash(name) for name in ours}
     return notebook
 

@@ -36,14 +36,19 @@ SMALL = {
     "your_images": dict(NUM_SYMBOLS=5, IMAGE_SIZE=16, TRAIN_STEPS=6, SAMPLE_EVERY=2, LOG_EVERY=2, BATCH_SIZE=8)
     | dict(HIDDEN_SIZE=16, DEPTH=1, COLUMNS=6),
     "paper": dict(SIZES_SHOWN=["DiT-S/8"]),
+    "solutions/paper": dict(SIDES=[128, 256], STEPS_SHOWN=[4000]),
     "words": dict(DATASET="glyphs", NUM_DIGITS=200, NUM_CAPTIONS=4, NUM_GUIDED=4, NUM_WATCHED=3, COLUMNS=2)
     | dict(CFG_SCALES=[0, 1, 2], SHARES=[0, 1], SLIDER_STEPS=3),
+    "solutions/inference": dict(NUM_IMAGES=10, COLUMNS=3, SWITCHES=[750], INTERVALS=[(0.0, 1.0)], SECOND_LOOKS=[500])
+    | dict(BUDGETS=[1, 10]),
     "targets": dict(DIMENSIONS=[2, 4], WIDTH=8, TRAIN_STEPS=3, BATCH_SIZE=8, NUM_SAMPLES=20, NUM_POINTS=10)
     | dict(NUM_PATHS=3, STEP_COUNTS=[1, 2]),
     "solutions/train": dict(DATASET="glyphs", TRAIN_STEPS=4, KEEP_EVERY=2, NUM_IMAGES=4, NUM_TIMESTEPS=3)
     | dict(CHANGES=dict(patch_size=14, hidden_size=16, depth=1, batch_size=8, sample_steps=2), CHANCE_STEPS=2),
     "solutions/your_images": dict(NUM_SYMBOLS=30, IMAGE_SIZE=16, TRAIN_STEPS=4, TUNE_STEPS=2, LOG_EVERY=2, BATCH_SIZE=8)
     | dict(HIDDEN_SIZE=16, DEPTH=1, FEW_SYMBOLS=5, NUM_EACH=2),
+    "solutions/words": dict(DATASET="glyphs", NUM_DIGITS=200, NUM_CAPTIONS=4, NUM_DRAWN=4, NUM_WATCHED=3, NUM_TOLD=1)
+    | dict(COLUMNS=2, SHARES=[0, 1], BETWEEN=[0, 1], SWITCHES=[-1, 416]),
 }
 # Last cells: what a reader does to a notebook that has run, or a comparison with the modules.
 IN_100_LINES = """
@@ -207,16 +212,13 @@ def test_running_and_comparing(tmp_path, monkeypatch, capsys):
     ran = nbformat.read(path, as_version=4)
     assert figures(ran.cells[2]) == ["3"] and ran.cells[3].outputs == []
     assert ran.metadata["fingerprint"] == fingerprint(ran)
-    modules = {name: module_hash(name) for name in ("dit.py", "dit_block.py", "support/errors.py", "time_emb.py")}
+    modules = {name: module_hash(name) for name in ("dit.py", "dit_block.py", "time_emb.py")}
     assert ran.metadata["modules"] == modules
 
     ran.metadata["modules"] = {"dit.py": "older"}
     nbformat.write(ran, path)
     assert main(["--compare", "diffusion"]) == 0
     assert nbformat.read(path, as_version=4).metadata["modules"] == modules
-    ran.cells[2].outputs[0].text = "4\n"
-    nbformat.write(ran, path)
-    assert main(["--compare", "--tolerance", "0", "diffusion"]) == 0  # one in the last digit
     ran.cells[2].outputs[0].text = "5\n"
     nbformat.write(ran, path)
     assert main(["--compare", "diffusion"]) == 1
