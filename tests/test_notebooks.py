@@ -52,6 +52,9 @@ SMALL = {
     | dict(HIDDEN_SIZE=16, DEPTH=1, FEW_SYMBOLS=5, NUM_EACH=2),
     "solutions/words": dict(DATASET="glyphs", NUM_DIGITS=200, NUM_CAPTIONS=4, NUM_DRAWN=4, NUM_WATCHED=3, NUM_TOLD=1)
     | dict(COLUMNS=2, SHARES=[0, 1], BETWEEN=[0, 1], SWITCHES=[-1, 416]),
+    "solutions/dit_in_100_lines": dict(DOWNLOAD=False, TRAIN_STEPS=12, NUM_READ=20),
+    "solutions/network": dict(DATASET="glyphs", LEVELS=[0, 500, 999], LEVELS_SHOWN=[0, 500], NUM_DIGITS=40)
+    | dict(NUM_DRAWN=4),
 }
 # Last cells: what a reader does to a notebook that has run, or a comparison with the modules.
 IN_100_LINES = """
@@ -246,9 +249,12 @@ def test_every_figure_of_the_paper_in_miniature_was_measured():
 
 
 def test_a_hundred_lines_are_enough_and_import_nothing_of_ours():
-    """dit_in_100_lines, without the cells that say "ours": the stand-in for MNIST, and the checks at the end."""
+    """dit_in_100_lines, without the cells that say "ours" (stand-in for MNIST, checks) and the exercises after."""
     notebook = nbformat.read(ROOT / "notebooks" / "dit_in_100_lines.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    exercises = [cell for cell in cells if tagged(cell, "exercise") or tagged(cell, "check")]
+    assert exercises == cells[-len(exercises) :], "a cell of the lesson stands among the exercises"
+    cells = cells[: -len(exercises)]
     stand_in, *checks = [cell for cell in cells if "ours" in cell.metadata.get("tags", [])]
     assert stand_in.source.startswith("if mnist is None:") and checks == cells[-len(checks) :]
     own = "\n".join(cell.source for cell in cells[: -len(checks)] if cell is not stand_in)
