@@ -43,6 +43,13 @@ SMALL = {
     | dict(BUDGETS=[1, 10]),
     "targets": dict(DIMENSIONS=[2, 4], WIDTH=8, TRAIN_STEPS=3, BATCH_SIZE=8, NUM_SAMPLES=20, NUM_POINTS=10)
     | dict(NUM_PATHS=3, STEP_COUNTS=[1, 2]),
+    "solutions/diffusion": dict(DATASET="glyphs", LEVELS=[0, 500, 999], NUM_IMAGES=4, NUM_TIMESTEPS=3),
+    "solutions/targets": dict(WIDE=4, WIDTHS=[("x0", 2), ("v", 8)], MANY=4, WIDTH=8, TRAIN_STEPS=3, BATCH_SIZE=8)
+    | dict(NUM_SAMPLES=20, NUM_POINTS=10, STEP_COUNTS=[1, 2]),
+    "solutions/train": dict(DATASET="glyphs", TRAIN_STEPS=4, KEEP_EVERY=2, NUM_IMAGES=4, NUM_TIMESTEPS=3)
+    | dict(CHANGES=dict(patch_size=14, hidden_size=16, depth=1, batch_size=8, sample_steps=2), CHANCE_STEPS=2),
+    "solutions/your_images": dict(NUM_SYMBOLS=30, IMAGE_SIZE=16, TRAIN_STEPS=4, TUNE_STEPS=2, LOG_EVERY=2, BATCH_SIZE=8)
+    | dict(HIDDEN_SIZE=16, DEPTH=1, FEW_SYMBOLS=5, NUM_EACH=2),
     "solutions/words": dict(DATASET="glyphs", NUM_DIGITS=200, NUM_CAPTIONS=4, NUM_DRAWN=4, NUM_WATCHED=3, NUM_TOLD=1)
     | dict(COLUMNS=2, SHARES=[0, 1], BETWEEN=[0, 1], SWITCHES=[-1, 416]),
     "solutions/dit_in_100_lines": dict(DOWNLOAD=False, TRAIN_STEPS=12, NUM_READ=20),
