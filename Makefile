@@ -11,7 +11,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 test-long: $(VENV)/ready-dev
 	$(VENV)/bin/python -m pytest -m long -s

@@ -28,6 +28,8 @@ LIST_IMPORTS = (
     "import sys; print(*[m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)], sep='\\n')"
 )
 FIGURE = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
+# Said now and then, or only where the data are not those of the checkpoint.
+NOT_ALWAYS_SAID = re.compile(r"^(about .* to go|step [\d,]+ of .*|Note: .*)$", re.MULTILINE)
 DURATION = re.compile(r"\d[\d,.]* ?(?:s|seconds|minutes|steps/s|images/s)\b")
 
 
@@ -84,15 +86,16 @@ def run(path: Path) -> nbformat.NotebookNode:
             for output in cell.outputs:
                 output.get("data", {}).pop("image/jpeg", None)  # of a picture that is there as PNG, too
     notebook.metadata["fingerprint"] = fingerprint(notebook)
-    ours = sorted(Path(file).relative_to(ROOT).as_posix() for file in imported if Path(file).parent in ROOMS)
+    files = {Path(file).resolve() for file in imported if Path(file).is_absolute()}
+    ours = sorted(file.relative_to(ROOT).as_posix() for file in files if file.parent in ROOMS)
     notebook.metadata["modules"] = {name: module_hash(name) for name in ours}
     return notebook
 
 
 def figures(cell: nbformat.NotebookNode) -> list[str]:
-    """The figures that a cell printed, but for seconds and what is counted in them."""
+    """The figures that a cell printed, but for seconds, what is counted in them and what is not always said."""
     text = "".join(output.get("text", "") for output in cell.get("outputs", []))
-    return FIGURE.findall(DURATION.sub("", text))
+    return FIGURE.findall(DURATION.sub("", NOT_ALWAYS_SAID.sub("", text)))
 
 
 def agree(old: str, new: str, tolerance: float) -> bool:

@@ -22,6 +22,9 @@ from support.checkpoint import BLOCKS
 ROOT = Path(__file__).parent.parent
 OF_LABELS = [name for name in BLOCKS if name != "joint-attention"]  # the blocks that take labels
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as support.start has it, for machine.sum_in_order
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers, and what they start, share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 class Words(NamedTuple):
