@@ -28,8 +28,8 @@ LIST_IMPORTS = (
     "import sys; print(*[m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)], sep='\\n')"
 )
 FIGURE = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
-# Said now and then, or only where the data are not those of the checkpoint.
-NOT_ALWAYS_SAID = re.compile(r"^(about .* to go|step [\d,]+ of .*|Note: .*)$", re.MULTILINE)
+# Said now and then, or only where the data are not those of the checkpoint; and names of folders drawn by lot.
+NOT_ALWAYS_SAID = re.compile(r"^(about .* to go|step [\d,]+ of .*|Note: .*)$|notebook-\w+", re.MULTILINE)
 DURATION = re.compile(r"\d[\d,.]* ?(?:s|seconds|minutes|steps/s|images/s)\b")
 
 
