@@ -43,7 +43,7 @@ SMALL = {
     "inference": dict(SAMPLE_STEPS=2, STEP_COUNTS=[1, 2], CFG_SCALES=[0, 1, 2], ETAS=[0.0, 1.0])
     | dict(SIDE_BY_SIDE=[1, 2], NUM_NOISES=2, NUM_IMAGES=4, COLUMNS=3, PATH_STEPS=4, EVALUATIONS=[1, 2]),
     "network": dict(DATASET="glyphs", LEVELS=[0, 500, 999], LEVELS_SHOWN=[0, 500], NUM_DIGITS=40, NUM_DRAWN=10)
-    | dict(NUM_MOVED=4, COLUMNS=2, TIMES_TOLD=[500]),
+    | dict(NUM_MOVED=4, COLUMNS=5, TIMES_TOLD=[500]),
     "your_images": dict(NUM_SYMBOLS=5, IMAGE_SIZE=16, TRAIN_STEPS=6, SAMPLE_EVERY=2, LOG_EVERY=2, BATCH_SIZE=8)
     | dict(HIDDEN_SIZE=16, DEPTH=1, COLUMNS=6),
     "paper": dict(SIZES_SHOWN=["DiT-S/8"]),
@@ -63,7 +63,7 @@ SMALL = {
     | dict(HIDDEN_SIZE=16, DEPTH=1, FEW_SYMBOLS=5, NUM_EACH=2),
     "solutions/words": dict(DATASET="glyphs", NUM_DIGITS=200, NUM_CAPTIONS=4, NUM_DRAWN=4, NUM_WATCHED=3, NUM_TOLD=1)
     | dict(COLUMNS=2, SHARES=[0, 1], BETWEEN=[0, 1], SWITCHES=[-1, 416]),
-    "solutions/dit_in_100_lines": dict(DOWNLOAD=False, TRAIN_STEPS=12, NUM_READ=20),
+    "solutions/dit_in_100_lines": dict(DOWNLOAD=False, TRAIN_STEPS=12, NUM_READ=60),
     "solutions/network": dict(DATASET="glyphs", LEVELS=[0, 500, 999], LEVELS_SHOWN=[0, 500], NUM_DIGITS=40)
     | dict(NUM_DRAWN=4),
 }
