@@ -127,23 +127,23 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if unknown := set(args.names) - set(NAMES):
         parser.error(f"there is no notebook {', '.join(sorted(unknown))}: choose from {', '.join(NAMES)}")
-    failed = False
+    differing = False
     for name in args.names or NAMES:
         start, path = time.time(), FOLDER / f"{name}.ipynb"
         new = run(path)
-        said = f"{name}: {time.time() - start:.0f} s"
-        if args.compare:
-            old = nbformat.read(path, as_version=4)
-            found = differences(old, new, args.tolerance)
-            failed = failed or bool(found)
-            said += f", {sum(len(figures(cell)) for cell in old.cells)} figures, {len(found)} of them differ"
-            said = "\n  ".join([said, *found])
-            if not found:
-                old.metadata["modules"] = new.metadata["modules"]
-            new = old
-        print(said, flush=True)
-        nbformat.write(new, path)
-    return int(failed)
+        print(f"{name}: {time.time() - start:.0f} s", flush=True)
+        if not args.compare:
+            nbformat.write(new, path)
+            continue
+        old = nbformat.read(path, as_version=4)
+        found = differences(old, new, args.tolerance)
+        count = sum(len(figures(cell)) for cell in old.cells)
+        print(f"  {count} figures, {len(found)} of them differ", *found, sep="\n  ", flush=True)
+        if not found:
+            old.metadata["modules"] = new.metadata["modules"]
+            nbformat.write(old, path)
+        differing |= bool(found)
+    return int(differing)
 
 
 if __name__ == "__main__":

@@ -257,12 +257,11 @@ def test_every_figure_of_the_paper_in_miniature_was_measured():
 
 def test_a_hundred_lines_are_enough_and_import_nothing_of_ours():
     """dit_in_100_lines, without the cells that say "ours" (stand-in for MNIST, checks) and the exercises after."""
-    notebook = nbformat.read(ROOT / "notebooks" / "dit_in_100_lines.ipynb", as_version=4)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    cells = code_cells(read("dit_in_100_lines"))
     exercises = [cell for cell in cells if tagged(cell, "exercise") or tagged(cell, "check")]
     assert exercises == cells[-len(exercises) :], "a cell of the lesson stands among the exercises"
     cells = cells[: -len(exercises)]
-    stand_in, *checks = [cell for cell in cells if "ours" in cell.metadata.get("tags", [])]
+    stand_in, *checks = [cell for cell in cells if tagged(cell, "ours")]
     assert stand_in.source.startswith("if mnist is None:") and checks == cells[-len(checks) :]
     own = "\n".join(cell.source for cell in cells[: -len(checks)] if cell is not stand_in)
     assert sum(line.strip()[:1] not in ("", "#") for line in own.splitlines()) <= 110
